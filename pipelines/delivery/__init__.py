@@ -1,0 +1,1 @@
+"""Get every change to every target that wants it."""

@@ -1,0 +1,190 @@
+"""The one place that all lanes of a target pass before they send.
+
+What concerns the target as a whole (its rate limit, a `Retry-After`, the breaker, a pause) is decided here, for every
+lane at once. A *halt* ends the run's sending: what is in flight is finished, nothing new goes out.
+"""
+
+from dataclasses import dataclass
+from threading import Condition
+from typing import Literal
+
+from pipelines.delivery.breaker import Breaker, Go
+from pipelines.delivery.clock import Clock
+from pipelines.delivery.outcome import Pause
+from pipelines.delivery.rate_limit import TokenBucket
+
+_GUARD_SAMPLE = 200
+_GUARD_LEAST_DEAD = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halt:
+    """Why this run sends nothing more to the target."""
+
+    cause: Literal["stopped", "deferred", "credentials", "configuration", "gone", "mapping"]
+    reason: str
+    retry_after: float | None = None
+    """Seconds until the target should be tried again; None leaves it to the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """Leave to send one request."""
+
+    probe: bool
+
+
+class TargetGate:
+    """Admits requests to one target. Thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        breaker: Breaker,
+        bucket: TokenBucket | None,
+        dead_letter_guard: float,
+        one_probe: bool = False,
+    ) -> None:
+        self._clock = clock
+        self._breaker = breaker
+        self._bucket = bucket
+        self._guard = dead_letter_guard
+        self._one_probe = one_probe
+        self._changed = Condition()
+        self._hold_until: float | None = None
+        self._halt: Halt | None = None
+        self._judged = 0
+        self._dead = 0
+
+    @property
+    def halt(self) -> Halt | None:
+        """Why nothing more is sent, or None."""
+        with self._changed:
+            return self._halt
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row, the earlier runs' included."""
+        with self._changed:
+            return self._breaker.failures
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests flow freely: the breaker is closed."""
+        with self._changed:
+            return self._breaker.closed
+
+    def enter(self, *, give_up_at: float | None = None) -> Permit | None:
+        """Wait until a request may be sent; None if the run halts, or if it would be later than *give_up_at*.
+
+        *give_up_at* is in monotonic seconds. A permit must be answered by `succeeded`, `failed` or `withdrew`.
+        """
+        with self._changed:
+            while self._halt is None:
+                now = self._clock.monotonic()
+                wait = self._seconds_to_wait(now)
+                if isinstance(wait, Permit):
+                    return wait
+                if give_up_at is not None and now + (wait or 0.0) > give_up_at:
+                    return None
+                if wait is None and give_up_at is not None:
+                    wait = give_up_at - now + 0.001
+                self._clock.wait(self._changed, wait)
+            return None
+
+    def _seconds_to_wait(self, now: float) -> Permit | float | None:
+        if self._hold_until is not None:
+            if now < self._hold_until:
+                return self._hold_until - now
+            self._hold_until = None
+        decision = self._breaker.admit(now)
+        if not isinstance(decision, Go):
+            return decision.seconds
+        short = self._bucket.take(now) if self._bucket else 0.0
+        if short > 0:
+            self._breaker.withdrew(probe=decision.probe)
+            return short
+        return Permit(probe=decision.probe)
+
+    def pause_lane(self, seconds: float) -> None:
+        """Sleep between one lane's attempts, but no longer than until a halt."""
+        with self._changed:
+            wake_at = self._clock.monotonic() + seconds
+            while self._halt is None and (left := wake_at - self._clock.monotonic()) > 0:
+                self._clock.wait(self._changed, left)
+
+    def succeeded(self) -> None:
+        """Note an answer that the target gave for itself, a refusal of a record included."""
+        with self._changed:
+            if not self._breaker.closed or self._breaker.failures:
+                self._breaker.succeeded()
+                self._one_probe = False
+                self._changed.notify_all()
+
+    def failed(self, permit: Permit, reason: str, *, retry_after: float | None = None) -> None:
+        """Note a fault of the target's; *retry_after* seconds hold every lane, not only this one.
+
+        If an earlier run left the target unwell (*one_probe*), a failed probe is all that this run tries.
+        """
+        with self._changed:
+            now = self._clock.monotonic()
+            self._breaker.failed(now, probe=permit.probe)
+            if retry_after is not None:
+                until = now + retry_after
+                self._hold_until = until if self._hold_until is None else max(self._hold_until, until)
+            if permit.probe and self._one_probe:
+                self._set_halt(Halt(cause="deferred", reason=reason, retry_after=retry_after))
+            self._changed.notify_all()
+
+    def withdrew(self, permit: Permit) -> None:
+        """Give a permit back unused."""
+        with self._changed:
+            self._breaker.withdrew(probe=permit.probe)
+            self._changed.notify_all()
+
+    def held_for(self) -> float:
+        """Return the seconds for which the target asked to be left alone, from now."""
+        with self._changed:
+            return 0.0 if self._hold_until is None else max(0.0, self._hold_until - self._clock.monotonic())
+
+    def judge_records(self, *, accepted: int, dead: int) -> None:
+        """Count outcomes for the dead-letter guard; halt if too many of the run's first records were refused.
+
+        One wrong mapping refuses every record. Past the first records the guard sleeps: then single bad ones are meant.
+        """
+        with self._changed:
+            if self._judged >= _GUARD_SAMPLE:
+                return
+            self._judged += accepted + dead
+            self._dead += dead
+            if self._dead >= _GUARD_LEAST_DEAD and self._dead > self._guard * self._judged:
+                self._set_halt(
+                    Halt(
+                        cause="mapping",
+                        reason=f"{self._dead} of the first {self._judged} records were refused: the mapping is wrong, "
+                        "or the target is. Mend the route, then launch delivery_job.",
+                    )
+                )
+
+    def pause(self, pause: Pause, permit: Permit) -> None:
+        """Halt for credentials or configuration."""
+        with self._changed:
+            self._breaker.failed(self._clock.monotonic(), probe=permit.probe)
+            self._set_halt(Halt(cause=pause.cause, reason=pause.reason))
+
+    def defer(self, reason: str, *, retry_after: float | None = None) -> None:
+        """Halt because the target did not get well within the run's budget."""
+        with self._changed:
+            self._set_halt(Halt(cause="deferred", reason=reason, retry_after=retry_after))
+
+    def stop(self, reason: str) -> None:
+        """Halt because the run was asked to end."""
+        with self._changed:
+            self._set_halt(Halt(cause="stopped", reason=reason))
+
+    def _set_halt(self, halt: Halt) -> None:
+        # The first reason is the one to report, but a pause outranks a stop: it must be written down.
+        if self._halt is None or (self._halt.cause == "stopped" and halt.cause != "stopped"):
+            self._halt = halt
+        self._changed.notify_all()

@@ -1,0 +1,192 @@
+"""The port to the ledger: what each target has, what it is owed, what may be in flight.
+
+    pending --claim--> claimed --settle--> settled (accepted, dead-lettered or filtered)
+       |                  ^ |
+       |                  | +-- a crash: still claimed, and sent again as written before anything new
+       +--claim (superseded, filtered, unrenderable)--> settled
+
+Whoever holds a `TargetLedger` holds the target's lock; nobody else can write for that target.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+from uuid import UUID
+
+from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.outcome import DeadRecord, OperationKind
+
+Start = Literal["now", "beginning"]
+Status = Literal["active", "paused", "disabled"]
+
+
+class LedgerConflict(Exception):
+    """A settlement names changes that are not claimed: two writers, or a defect. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetState:
+    """One target's row, without its sets."""
+
+    target: str
+    status: Status = "active"
+    reason: str | None = None
+    failed_runs: int = 0
+    """Runs in a row that ended with the target unwell; more than none, and the breaker is open."""
+    retry_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conservation:
+    """Where every captured change is: captured = accepted + superseded + filtered + dead + claimed + pending."""
+
+    target: str
+    captured: int
+    accepted: int
+    superseded: int
+    filtered: int
+    dead: int
+    claimed: int
+    pending: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is missing and nothing counted twice."""
+        return self.captured == (
+            self.accepted + self.superseded + self.filtered + self.dead + self.claimed + self.pending
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owed:
+    """What the sensor and the plan ask of one target, in one query for all."""
+
+    target: str
+    has_work: bool
+    """Something is claimed or pending."""
+    held: bool
+    """A drain holds its lock now."""
+    status: Status
+    reason: str | None
+    waiting: bool
+    """`retry_at` has not come yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingWindow:
+    """The oldest pending changes, by change id."""
+
+    records: Sequence[ChangeRecord]
+    complete: bool
+    """Nothing pending was left out when this was read."""
+    decided_up_to: int | None
+    """Every id up to this one is either in `records`, or settled or claimed, or will never be seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A batch about to be written down."""
+
+    lane: int
+    stream: str
+    operation: OperationKind
+    changes: Sequence[ChangeRecord]
+    idempotency_key: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A batch that a drain before this one claimed and did not settle, with those of its members still claimed."""
+
+    batch_id: int
+    lane: int
+    stream: str
+    operation: OperationKind
+    changes: Sequence[ChangeRecord]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What became of a claimed batch. Members named nowhere stay claimed."""
+
+    batch_id: int
+    accepted: Sequence[ChangeRecord] = ()
+    dead: Sequence[DeadRecord] = ()
+    filtered: Sequence[ChangeRecord] = ()
+    finished: bool = True
+    attempts: int = 0
+    status: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """How everything in a `PendingWindow` is to be dealt with."""
+
+    claims: Sequence[Claim] = ()
+    superseded: Sequence[ChangeRecord] = ()
+    filtered: Sequence[ChangeRecord] = ()
+    dead: Sequence[DeadRecord] = ()
+    decided_up_to: int | None = None
+
+
+class TargetLedger(ABC):
+    """One target's ledger, for as long as its lock is held."""
+
+    @abstractmethod
+    def state(self) -> TargetState:
+        """Return the target's status and breaker as the last run left them."""
+
+    @abstractmethod
+    def leftovers(self) -> Sequence[Leftover]:
+        """Return what was claimed and never settled, oldest first: to be sent again as written, before anything new."""
+
+    @abstractmethod
+    def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
+        """Return the oldest changes that are neither settled nor claimed.
+
+        At most *max_records*, and no more once their payloads as stored exceed *max_bytes*; but one at least.
+        """
+
+    @abstractmethod
+    def claim(self, window: Window) -> Sequence[int]:
+        """Write a window down, in one transaction, and return the claims' batch ids in their order.
+
+        If the window is `decided_up_to` an id, the gaps up to it close.
+        """
+
+    @abstractmethod
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Write outcomes down, in one transaction; raises LedgerConflict."""
+
+    @abstractmethod
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
+        """Open the breaker: do not try the target before *retry_at* (None: until a person launches a run)."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Note that the target is well: active, the breaker closed."""
+
+
+class Ledger(ABC):
+    """All targets' ledgers."""
+
+    @abstractmethod
+    def register(self, targets: Mapping[str, Start]) -> None:
+        """Make a row for each target that has none. 'now' leaves what is committed by now to others."""
+
+    @abstractmethod
+    def open_target(self, target: str, *, run_id: str) -> AbstractContextManager[TargetLedger | None]:
+        """Take the lock of a registered target until the context ends; None if another drain has it."""
+
+    @abstractmethod
+    def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
+        """Say of each target, given the streams that it routes, whether it has work; one query, by target."""
+
+    @abstractmethod
+    def conservation(self, target: str) -> Conservation:
+        """Count where every captured change is. Reads the whole log: a check, not a thing for every tick."""

@@ -1,0 +1,201 @@
+"""The ops of `delivery_job`: plan, deliver to each target, conclude.
+
+No `from __future__ import annotations` here: Dagster reads the annotations of ops at decoration.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import dagster as dg
+from pydantic import Field
+
+from pipelines.delivery.catalog import TargetCatalog, TargetMisconfigured
+from pipelines.delivery.choosing import choose_targets
+from pipelines.delivery.clock import Clock
+from pipelines.delivery.concluding import conclude
+from pipelines.delivery.drain import DrainLimits, drain
+from pipelines.delivery.ledger import Ledger
+from pipelines.delivery.report import DrainReport, Recorder
+
+_PROGRESS_SECONDS = 10.0
+
+
+class PlanConfig(dg.Config):
+    """How far a run goes."""
+
+    targets: list[str] = Field(default=[], description="Deliver to these targets only; empty: to all.")
+    linger_seconds: float = Field(
+        default=0.0, ge=0, description="Once caught up, wait so long for further changes, so that they go out at once."
+    )
+    poll_seconds: float = Field(default=0.25, gt=0, description="How often to look for changes while lingering.")
+    max_seconds: float = Field(default=86_400.0, gt=0, description="Claim nothing new after so long.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryPlan:
+    """One target's share of a run. It names the work and carries no record: payloads stay out of Dagster's storage."""
+
+    target: str
+    linger_seconds: float
+    poll_seconds: float
+    max_seconds: float
+
+
+@dg.op(out={"plans": dg.DynamicOut(DeliveryPlan), "scope": dg.Out(list[str])})
+def plan_deliveries(
+    context: dg.OpExecutionContext,
+    config: PlanConfig,
+    ledger: dg.ResourceParam[Ledger],
+    targets: dg.ResourceParam[TargetCatalog],
+) -> Iterator[dg.DynamicOutput[DeliveryPlan] | dg.Output[list[str]]]:
+    """Ask the ledger which targets are owed something and plan one delivery for each; `scope` is what was asked for."""
+    configs = targets.configs()
+    if unknown := sorted(set(config.targets) - set(configs)):
+        known = ", ".join(configs) or "none"
+        raise dg.Failure(
+            f"ops.plan_deliveries.config.targets: there is no target {', '.join(unknown)}; configured are: {known}.",
+            allow_retries=False,
+        )
+    asked = frozenset(config.targets or configs)
+    owed = [state for state in targets.owed(ledger) if state.target in asked]
+    choice = choose_targets(owed, impatient=True, insist_on=frozenset(config.targets))
+    for name, why in choice.left_out.items():
+        context.log.info(f"{name}: left out, {why}")
+    for name in choice.targets:
+        yield dg.DynamicOutput(
+            DeliveryPlan(
+                target=name,
+                linger_seconds=config.linger_seconds,
+                poll_seconds=config.poll_seconds,
+                max_seconds=config.max_seconds,
+            ),
+            output_name="plans",
+            mapping_key=name,
+        )
+    yield dg.Output(sorted(asked), output_name="scope")
+
+
+@dg.op
+def deliver_to_target(
+    context: dg.OpExecutionContext,
+    plan: DeliveryPlan,
+    ledger: dg.ResourceParam[Ledger],
+    targets: dg.ResourceParam[TargetCatalog],
+    clock: dg.ResourceParam[Clock],
+) -> DrainReport:
+    """Deliver all that one target is owed. Its faults are values: if an op raised, no target would be reported."""
+    try:
+        destination = targets.destination(plan.target)
+    except TargetMisconfigured as error:
+        context.log.error(str(error))
+        return DrainReport(target=plan.target, end="paused", reason=str(error))
+    with ledger.open_target(plan.target, run_id=context.run_id) as target_ledger, _stop_on_signals() as stop:
+        if target_ledger is None:
+            context.log.info(f"{plan.target}: another drain holds its lock")
+            return DrainReport(target=plan.target, end="held", reason="another drain holds its lock")
+        report = drain(
+            policy=destination.policy,
+            routes=destination.routes,
+            ledger=target_ledger,
+            connect=destination.connect,
+            clock=clock,
+            limits=DrainLimits(
+                linger_seconds=plan.linger_seconds, poll_seconds=plan.poll_seconds, max_seconds=plan.max_seconds
+            ),
+            stop=stop,
+            on_progress=_progress_logger(context, plan.target),
+        )
+    _report_assets(context, report)
+    return report
+
+
+@dg.op
+def conclude_delivery(
+    context: dg.OpExecutionContext,
+    scope: list[str],
+    reports: list[DrainReport],
+    ledger: dg.ResourceParam[Ledger],
+    targets: dg.ResourceParam[TargetCatalog],
+) -> None:
+    """Print one line per target; fail once if a critical target is not caught up or a record was dead-lettered."""
+    conclusion = conclude(
+        reports,
+        configs=targets.configs(),
+        owed=targets.owed(ledger),
+        scope=frozenset(scope),
+    )
+    for line in conclusion.lines:
+        print(line, flush=True)  # on stdout: what `dagster job execute` shows in CI
+    for warning in conclusion.warnings:
+        context.log.warning(warning)
+    if conclusion.failures:
+        raise dg.Failure("; ".join(conclusion.failures), allow_retries=False)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Turn SIGTERM and SIGINT (a cancelled run, a stopped machine) into a graceful stop while a drain is at work."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _progress_logger(context: dg.OpExecutionContext, target: str) -> Callable[[Recorder], None]:
+    """Return a callback that logs a line every few seconds: each line is a row in Dagster's event log."""
+    started = last = time.monotonic()
+
+    def log(recorder: Recorder) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PROGRESS_SECONDS:
+            last = now
+            accepted = sum(tally.accepted for tally in recorder.tallies.values())
+            context.log.info(f"{target}: {accepted} delivered, {recorder.requests} requests in {now - started:.0f} s")
+
+    return log
+
+
+def _report_assets(context: dg.OpExecutionContext, report: DrainReport) -> None:
+    """Mark what was delivered, by stream and day, with the numbers that the UI plots."""
+    for (stream, day), tally in sorted(report.tallies.items()):
+        if not (tally.accepted or tally.superseded or tally.dead):
+            continue
+        numbers: dict[str, float | None] = {
+            "delivered": tally.accepted,
+            "superseded": tally.superseded,
+            "filtered": tally.filtered,
+            "dead": tally.dead,
+            "retries": report.retries,
+            "records per second": round(report.records_per_second, 1),
+            "latency p50 (ms)": _milliseconds(report.latency_p50),
+            "latency p95 (ms)": _milliseconds(report.latency_p95),
+            "lag p50 (s)": report.lag_p50 and round(report.lag_p50, 3),
+            "lag p95 (s)": report.lag_p95 and round(report.lag_p95, 3),
+        }
+        context.log_event(
+            dg.AssetMaterialization(
+                asset_key=[report.target, stream],
+                partition=day.isoformat(),
+                metadata={name: number for name, number in numbers.items() if number is not None},
+            )
+        )
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)

@@ -1,0 +1,187 @@
+"""Turn a window of pending changes into batches, lane by lane, so that no key is ever out of order.
+
+Pure: the same window gives the same plan.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.delivery.idempotency import idempotency_key
+from pipelines.delivery.ledger import Claim, PendingWindow, Window
+from pipelines.delivery.outcome import DeadRecord, OperationKind
+from pipelines.delivery.routing import Route, RouteOperation
+from pipelines.delivery.template import RecordUnrenderable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Changes that go out in one request, with what was rendered of each."""
+
+    lane: int
+    route: Route
+    operation: RouteOperation
+    changes: Sequence[ChangeRecord]
+    fragments: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to write down, and the batches of its claims in the same order."""
+
+    window: Window
+    batches: Sequence[Batch]
+
+
+def lane_of(stream: str, key: str, *, lanes: int) -> int:
+    """Return the lane of a key: always the same one, so its changes are sent one after another."""
+    return crc32(key.encode(), crc32(stream.encode())) % lanes
+
+
+def plan_window(
+    pending: PendingWindow,
+    *,
+    target: str,
+    routes: Mapping[str, Route],
+    lanes: int,
+    max_records_of: Callable[[Route, RouteOperation], int],
+) -> Plan:
+    """Coalesce, filter, render and batch *pending* for *target*.
+
+    In mode `state` only the last change of a key is sent and the earlier ones are superseded. A batch closes at
+    `max_records_of` its operation or at the operation's `max_bytes`.
+    """
+    filtered: list[ChangeRecord] = []
+    superseded: list[ChangeRecord] = []
+    dead: list[DeadRecord] = []
+    batcher = _Batcher(lanes=lanes, max_records_of=max_records_of)
+    for first, change in _coalesce(pending.records, routes, filtered, superseded):
+        route = routes[change.stream]
+        operation = route.operation_for(first, change.operation)
+        if operation is None:
+            filtered.append(change)
+            continue
+        try:
+            fragment = operation.render_record(change)
+        except RecordUnrenderable as error:
+            dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
+            continue
+        if fragment is None:
+            filtered.append(change)
+            continue
+        batcher.add(route, operation, change, fragment)
+    batches = batcher.close()
+    claims = [
+        Claim(
+            lane=batch.lane,
+            stream=batch.route.stream,
+            operation=batch.operation.kind,
+            changes=batch.changes,
+            idempotency_key=idempotency_key(target, batch.operation.fingerprint, batch.changes),
+        )
+        for batch in batches
+    ]
+    window = Window(
+        claims=claims, superseded=superseded, filtered=filtered, dead=dead, decided_up_to=pending.decided_up_to
+    )
+    return Plan(window=window, batches=batches)
+
+
+def _coalesce(
+    records: Sequence[ChangeRecord],
+    routes: Mapping[str, Route],
+    filtered: list[ChangeRecord],
+    superseded: list[ChangeRecord],
+) -> list[tuple[Operation, ChangeRecord]]:
+    """Return the changes to send, each with the first operation of its key that it stands for."""
+    latest: dict[object, tuple[Operation, ChangeRecord]] = {}
+    for change in records:
+        route = routes.get(change.stream)
+        if route is None:
+            filtered.append(change)
+        elif route.mode == "event":
+            latest[change.change_id] = (change.operation, change)
+        else:
+            identity = (change.stream, change.key)
+            earlier = latest.pop(identity, None)
+            if earlier is None:
+                latest[identity] = (change.operation, change)
+            else:
+                superseded.append(earlier[1])
+                latest[identity] = (earlier[0], change)
+    return list(latest.values())
+
+
+@dataclass(slots=True)
+class _Open:
+    """A batch that still takes records."""
+
+    lane: int
+    route: Route
+    operation: RouteOperation
+    changes: list[ChangeRecord] = field(default_factory=list)
+    fragments: list[bytes] = field(default_factory=list)
+    size: int = 0
+    closed: bool = False
+
+
+class _Batcher:
+    """Fills batches lane by lane.
+
+    Batches of one lane leave in the order in which they were closed. So a change may join an open batch only if no
+    earlier change of its key waits in another open one: else all open ones of the lane are closed first.
+    """
+
+    def __init__(self, *, lanes: int, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
+        self._lanes = lanes
+        self._max_records_of = max_records_of
+        self._open: list[dict[tuple[str, OperationKind], _Open]] = [{} for _ in range(lanes)]
+        self._closed: list[Batch] = []
+        self._batch_of_key: dict[tuple[str, str], _Open] = {}
+
+    def add(self, route: Route, operation: RouteOperation, change: ChangeRecord, fragment: bytes) -> None:
+        lane = lane_of(change.stream, change.key, lanes=self._lanes)
+        kind = (route.stream, operation.kind)
+        batch = self._open[lane].get(kind)
+        if route.mode == "event":
+            identity = (change.stream, change.key)
+            earlier = self._batch_of_key.get(identity)
+            if earlier is not None and not earlier.closed and (earlier is not batch or operation.results is not None):
+                # Where items are judged one by one, a second change of the key could be accepted and the first not.
+                self._close_lane(lane)
+                batch = None
+        if batch is not None and batch.size + len(fragment) > operation.max_bytes:
+            self._close_batch(batch)
+            batch = None
+        if batch is None:
+            batch = self._open[lane][kind] = _Open(lane, route, operation, size=operation.overhead_bytes)
+        batch.changes.append(change)
+        batch.fragments.append(fragment)
+        batch.size += len(fragment) + 1
+        if route.mode == "event":
+            self._batch_of_key[(change.stream, change.key)] = batch
+        if len(batch.changes) >= self._max_records_of(route, operation):
+            self._close_batch(batch)
+
+    def close(self) -> list[Batch]:
+        for lane in range(self._lanes):
+            self._close_lane(lane)
+        return self._closed
+
+    def _close_lane(self, lane: int) -> None:
+        for batch in list(self._open[lane].values()):
+            self._close_batch(batch)
+
+    def _close_batch(self, batch: _Open) -> None:
+        batch.closed = True
+        del self._open[batch.lane][(batch.route.stream, batch.operation.kind)]
+        self._closed.append(
+            Batch(
+                lane=batch.lane,
+                route=batch.route,
+                operation=batch.operation,
+                changes=batch.changes,
+                fragments=batch.fragments,
+            )
+        )

@@ -1,0 +1,105 @@
+"""What a drain did: the numbers that people and the Dagster UI are shown."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from math import ceil
+from random import Random
+from typing import Literal
+
+from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.outcome import DeadRecord
+
+End = Literal["caught_up", "deferred", "paused", "stopped", "held"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """Counts of one stream's changes of one day (UTC)."""
+
+    accepted: int = 0
+    superseded: int = 0
+    filtered: int = 0
+    dead: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainReport:
+    """How one target's drain ended. Plain values only: it travels between processes."""
+
+    target: str
+    end: End
+    reason: str | None = None
+    tallies: Mapping[tuple[str, date], Tally] = field(default_factory=dict)
+    requests: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+    latency_p50: float | None = None
+    latency_p95: float | None = None
+    lag_p50: float | None = None
+    lag_p95: float | None = None
+    """Seconds from a change to its acceptance."""
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    """Dead letters by reason."""
+
+    def total(self, name: Literal["accepted", "superseded", "filtered", "dead"]) -> int:
+        """Return one count over all streams and days."""
+        return sum(getattr(tally, name) for tally in self.tallies.values())
+
+    @property
+    def records_per_second(self) -> float:
+        """Return accepted records a second of the drain's own time, lingering left out."""
+        return self.total("accepted") / self.seconds if self.seconds > 0 else 0.0
+
+
+class Sample:
+    """A fair sample of a stream of numbers, in constant memory (Vitter's algorithm R, 1985)."""
+
+    def __init__(self, *, size: int = 2000, seed: int = 1) -> None:
+        self._size = size
+        self._random = Random(seed)
+        self._seen = 0
+        self._kept: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Take *value* into account."""
+        self._seen += 1
+        if len(self._kept) < self._size:
+            self._kept.append(value)
+        elif (place := self._random.randrange(self._seen)) < self._size:
+            self._kept[place] = value
+
+    def quantile(self, fraction: float) -> float | None:
+        """Return the value that *fraction* of the sample does not exceed (nearest rank); None if there is none."""
+        if not self._kept:
+            return None
+        ordered = sorted(self._kept)
+        return ordered[max(0, ceil(fraction * len(ordered)) - 1)]
+
+
+class Recorder:
+    """Gathers a drain's numbers. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[tuple[str, date], Tally] = defaultdict(Tally)
+        self.latencies = Sample()
+        self.lags = Sample()
+        self.refusals: dict[str, int] = defaultdict(int)
+        self.requests = 0
+        self.retries = 0
+
+    def count(self, name: Literal["accepted", "superseded", "filtered"], changes: Sequence[ChangeRecord]) -> None:
+        """Add *changes* to one count of their streams and days."""
+        for change in changes:
+            tally = self._tally_of(change)
+            setattr(tally, name, getattr(tally, name) + 1)
+
+    def bury(self, dead: Sequence[DeadRecord]) -> None:
+        """Add dead letters, by their reasons."""
+        for record in dead:
+            self._tally_of(record.change).dead += 1
+            self.refusals[record.reason] += 1
+
+    def _tally_of(self, change: ChangeRecord) -> Tally:
+        return self.tallies[(change.stream, change.changed_at.date())]

@@ -1,0 +1,221 @@
+"""The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import groupby
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.ledger import (
+    Conservation,
+    Ledger,
+    LedgerConflict,
+    Leftover,
+    Owed,
+    PendingWindow,
+    Settlement,
+    Start,
+    Status,
+    TargetLedger,
+    TargetState,
+    Window,
+)
+from pipelines.delivery.outcome import DeadRecord
+from resources.database import connect
+from resources.sql import statements
+
+_LONGEST_TEXT = 2000
+
+
+class PostgresLedger(Ledger):
+    """All targets' ledgers in one database. Opens a connection per call, and one per open target."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._sql = statements("ledger")
+
+    @contextmanager
+    def _connection(self, purpose: str) -> Iterator[psycopg.Connection]:
+        with connect(self._url, application_name=f"distributary {purpose}") as connection:
+            connection.autocommit = True
+            yield connection
+
+    def register(self, targets: Mapping[str, Start]) -> None:
+        with self._connection("register") as connection:
+            missing = connection.execute(self._sql["unregistered"], {"targets": list(targets)}).fetchall()
+            for (target,) in missing:
+                connection.execute(self._sql[f"register_from_{targets[target]}"], {"target": target})
+
+    @contextmanager
+    def open_target(self, target: str, *, run_id: str) -> Iterator[TargetLedger | None]:
+        with self._connection(f"drain {target}") as connection:
+            row = connection.execute(self._sql["try_lock"], {"target": target}).fetchone()
+            if row is None:
+                raise LookupError(f"The target '{target}' is not registered; call register first.")
+            if not row[0]:
+                yield None
+                return
+            # Closing the connection frees the lock: there is no moment at which it is free and still written to.
+            yield PostgresTargetLedger(connection, target, run_id=run_id)
+
+    def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
+        wanted = Jsonb({target: list(names) for target, names in streams.items()})
+        with self._connection("owed") as connection:
+            rows = connection.execute(self._sql["owed"], {"streams": wanted}).fetchall()
+        return [
+            Owed(target=target, has_work=has_work, held=held, status=status, reason=reason, waiting=waiting)
+            for target, has_work, held, status, reason, waiting in rows
+        ]
+
+    def conservation(self, target: str) -> Conservation:
+        with self._connection("conservation") as connection:
+            row = connection.execute(self._sql["conservation"], {"target": target}).fetchone()
+        if row is None:
+            raise LookupError(f"The target '{target}' is not registered; call register first.")
+        captured, accepted, superseded, filtered, dead, claimed, pending = row
+        return Conservation(
+            target=target,
+            captured=captured,
+            accepted=accepted,
+            superseded=superseded,
+            filtered=filtered,
+            dead=dead,
+            claimed=claimed,
+            pending=pending,
+        )
+
+
+class PostgresTargetLedger(TargetLedger):
+    """One target's ledger on the connection that holds its lock."""
+
+    def __init__(self, connection: psycopg.Connection, target: str, *, run_id: str) -> None:
+        self._connection = connection
+        self._target = target
+        self._run_id = run_id
+        self._sql = statements("ledger")
+
+    def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
+        cursor = self._connection.cursor(binary=True)
+        return cursor.execute(self._sql[name], {"target": self._target, **parameters})
+
+    def state(self) -> TargetState:
+        row = self._execute("state").fetchone()
+        assert row is not None  # its lock is held, and rows are never deleted
+        status, reason, failed_runs, retry_at = row
+        return TargetState(
+            target=self._target, status=status, reason=reason, failed_runs=failed_runs, retry_at=retry_at
+        )
+
+    def leftovers(self) -> Sequence[Leftover]:
+        rows = self._execute("leftovers")
+        return [
+            Leftover(
+                batch_id=batch_id,
+                lane=lane,
+                stream=stream,
+                operation=operation,
+                changes=[ChangeRecord._make(row[4:]) for row in members],
+            )
+            for (batch_id, lane, stream, operation), members in groupby(rows, key=lambda row: row[:4])
+        ]
+
+    def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
+        rows = self._execute("pending", max_records=max_records, max_bytes=max_bytes).fetchall()
+        fenced, decided, seen = rows[0][:3]
+        records = [ChangeRecord._make(row[3:]) for row in rows] if seen else []
+        complete = seen is None or len(records) == seen < max_records
+        if complete and not fenced:
+            self._set_fence()
+        return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
+
+    def _set_fence(self) -> None:
+        row = self._execute("last_change_id").fetchone()
+        if row is not None and row[0] is not None:
+            self._execute("set_fence", last=row[0])
+
+    def claim(self, window: Window) -> Sequence[int]:
+        claimed: list[int] = []
+        firsts: list[int] = []
+        for claim in window.claims:
+            firsts.append(len(claimed) + 1)
+            claimed += [change.change_id for change in claim.changes]
+        lasts = [first - 1 for first in firsts[1:]] + [len(claimed)] if firsts else []
+        settled = [change.change_id for change in (*window.superseded, *window.filtered)]
+        settled += [record.change.change_id for record in window.dead]
+        with self._connection.transaction():
+            row = self._execute(
+                "claim",
+                run_id=self._run_id,
+                lanes=[claim.lane for claim in window.claims],
+                streams=[claim.stream for claim in window.claims],
+                operations=[claim.operation for claim in window.claims],
+                firsts=firsts,
+                lasts=lasts,
+                keys=[claim.idempotency_key for claim in window.claims],
+                claimed=claimed,
+                settled=settled,
+                superseded=len(window.superseded),
+                filtered=len(window.filtered),
+                dead=len(window.dead),
+                decided=window.decided_up_to,
+            ).fetchone()
+            if row is None:
+                raise LedgerConflict(f"{self._target}: some of the window is settled or claimed already.")
+            self._bury(window.dead)
+        batch_ids: Sequence[int] = row[0]
+        return batch_ids
+
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        accepted = [change.change_id for s in settlements for change in s.accepted]
+        filtered = [change.change_id for s in settlements for change in s.filtered]
+        dead = [record for s in settlements for record in s.dead]
+        with self._connection.transaction():
+            written = self._execute(
+                "settle",
+                batch_ids=[s.batch_id for s in settlements],
+                finished=[s.finished for s in settlements],
+                accepted_each=[len(s.accepted) for s in settlements],
+                dead_each=[len(s.dead) for s in settlements],
+                attempts=[s.attempts for s in settlements],
+                statuses=[s.status for s in settlements],
+                latencies=[None if s.seconds is None else s.seconds * 1000 for s in settlements],
+                errors=[s.error and _storable(s.error) for s in settlements],
+                settled=accepted + filtered + [record.change.change_id for record in dead],
+                accepted=len(accepted),
+                filtered=len(filtered),
+                dead=len(dead),
+            )
+            if written.rowcount != 1:
+                raise LedgerConflict(f"{self._target}: some of what is to be settled is not claimed.")
+            self._bury(dead)
+
+    def _bury(self, dead: Sequence[DeadRecord]) -> None:
+        if not dead:
+            return
+        self._execute(
+            "bury",
+            run_id=self._run_id,
+            change_ids=[record.change.change_id for record in dead],
+            streams=[record.change.stream for record in dead],
+            record_keys=[record.change.key for record in dead],
+            operations=[record.change.operation for record in dead],
+            reasons=[_storable(record.reason) for record in dead],
+            statuses=[record.status for record in dead],
+            responses=[record.response and _storable(record.response) for record in dead],
+            attempts=[record.attempts for record in dead],
+        )
+
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
+        self._execute("hold", status=status, reason=_storable(reason), failed_runs=failed_runs, retry_at=retry_at)
+
+    def resume(self) -> None:
+        self._execute("resume")
+
+
+def _storable(text: str) -> str:
+    """Return *text* as Postgres can keep it: a target's words may hold NUL, and have no end."""
+    return text[:_LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()

@@ -1,0 +1,211 @@
+-- What each target has and is owed. Parameters are psycopg's; ids are change ids unless they are called otherwise.
+
+-- name: unregistered
+select wanted.target
+from unnest(%(targets)s::text[]) as wanted (target)
+where not exists (select from distributary.target_state s where s.target = wanted.target)
+
+-- name: register_from_beginning
+insert into distributary.target_state (target) values (%(target)s) on conflict do nothing
+
+-- name: register_from_now
+-- What is committed is left out; what is still open is not: it will appear in a gap, and be delivered.
+insert into distributary.target_state (target, settled, before_start)
+select %(target)s, coalesce(range_agg(int8range(change_id, change_id, '[]')), '{}'), count(*)
+from distributary.change_log
+on conflict do nothing
+
+-- name: try_lock
+-- A session lock, on the connection that writes: a crash frees it, and who lost the connection cannot write.
+select pg_try_advisory_lock(1684632436, target_id) from distributary.target_state where target = %(target)s
+
+-- name: unlock
+select pg_advisory_unlock(1684632436, target_id) from distributary.target_state where target = %(target)s
+
+-- name: state
+select status, reason, failed_runs, retry_at from distributary.target_state where target = %(target)s
+
+-- name: leftovers
+select b.batch_id, b.lane, b.stream, b.operation,
+       c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
+from distributary.batch b
+join distributary.target_state s on s.target = b.target
+cross join lateral unnest(b.change_ids) with ordinality as member (change_id, position)
+join distributary.change_log c on c.change_id = member.change_id
+where b.target = %(target)s and b.state = 'claimed' and s.claimed @> c.change_id
+order by b.batch_id, member.position
+
+-- name: pending
+-- One statement, so one snapshot: the rows and the oldest open transaction are seen at the same instant, which is what
+-- makes 'decided' true. The first column tells a row from none. `before` bounds memory by bytes as they are stored.
+with state as materialized (
+    select settled + claimed as taken,
+           fence_xid is not null as fenced,
+           case when fence_xid < pg_snapshot_xmin(pg_current_snapshot()) then fence_change_id end as decided
+    from distributary.target_state
+    where target = %(target)s
+)
+select state.fenced, state.decided, c.seen,
+       c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
+from state
+left join lateral (
+    select w.*, count(*) over () as seen,
+           sum(pg_column_size(w.payload)) over (order by w.change_id) - pg_column_size(w.payload) as before
+    from (
+        select g.*
+        from unnest(int8multirange(int8range(0, null)) - state.taken) as gap
+        cross join lateral (
+            select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
+            from distributary.change_log l
+            where l.change_id >= lower(gap)
+              and l.change_id < coalesce(upper(gap), 9223372036854775807)
+              and (l.target is null or l.target = %(target)s)
+            order by l.change_id
+            limit %(max_records)s
+        ) g
+        order by g.change_id
+        limit %(max_records)s
+    ) w
+) c on c.before < %(max_bytes)s
+order by c.change_id
+
+-- name: last_change_id
+-- The last id that was drawn, by whomever, seen or not; null if none was.
+select case when is_called then last_value end from distributary.change_log_change_id_seq
+
+-- name: set_fence
+-- After `last_change_id` was read, in a transaction of its own: every transaction that drew an id up to it has an older
+-- xid than this one, for the log's first column makes the xid before the id is drawn. Only if there is a gap to close.
+update distributary.target_state
+set fence_xid = pg_current_xact_id(), fence_change_id = %(last)s
+where target = %(target)s
+  and fence_xid is null
+  and not (settled + claimed @> int8range(0, %(last)s, '[]'))
+
+-- name: claim
+with claims as (
+    select b.*
+    from unnest(%(lanes)s::int[], %(streams)s::text[], %(operations)s::text[], %(firsts)s::int[], %(lasts)s::int[],
+                %(keys)s::uuid[]) with ordinality as b (lane, stream, operation, first, last, key, position)
+),
+written as (
+    insert into distributary.batch (target, lane, stream, operation, change_ids, idempotency_key, run_id)
+    select %(target)s, lane, stream, operation, (%(claimed)s::bigint[])[first:last], key, %(run_id)s
+    from claims
+    order by position
+    returning batch_id
+),
+ids as (
+    select (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(claimed)s::bigint[]) as id) as claimed,
+           (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(settled)s::bigint[]) as id) as settled
+)
+update distributary.target_state t
+set claimed = t.claimed + ids.claimed,
+    settled = t.settled + ids.settled
+              + case when %(decided)s::bigint is null then '{}'::int8multirange
+                     else int8multirange(int8range(0, %(decided)s::bigint, '[]')) - t.claimed - ids.claimed end,
+    superseded = t.superseded + %(superseded)s,
+    filtered = t.filtered + %(filtered)s,
+    dead = t.dead + %(dead)s,
+    fence_xid = case when %(decided)s::bigint is null then fence_xid end,
+    fence_change_id = case when %(decided)s::bigint is null then fence_change_id end,
+    updated_at = clock_timestamp()
+from ids
+where t.target = %(target)s and not (t.settled + t.claimed && ids.claimed + ids.settled)
+returning (select coalesce(array_agg(batch_id order by batch_id), '{}') from written)
+
+-- name: settle
+with results as (
+    select r.*
+    from unnest(%(batch_ids)s::bigint[], %(finished)s::bool[], %(accepted_each)s::int[], %(dead_each)s::int[],
+                %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[], %(errors)s::text[])
+         as r (batch_id, finished, accepted, dead, attempts, status_code, latency_ms, error)
+),
+written as (
+    update distributary.batch b
+    set state = case when r.finished then 'settled' else b.state end,
+        finished_at = case when r.finished then clock_timestamp() end,
+        accepted = b.accepted + r.accepted,
+        dead = b.dead + r.dead,
+        attempts = b.attempts + r.attempts,
+        status_code = coalesce(r.status_code, b.status_code),
+        latency_ms = coalesce(r.latency_ms, b.latency_ms),
+        error = coalesce(r.error, b.error)
+    from results r
+    where b.batch_id = r.batch_id and b.target = %(target)s
+),
+ids as (
+    select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
+)
+update distributary.target_state t
+set settled = t.settled + ids.settled,
+    claimed = t.claimed - ids.settled,
+    accepted = t.accepted + %(accepted)s,
+    filtered = t.filtered + %(filtered)s,
+    dead = t.dead + %(dead)s,
+    updated_at = clock_timestamp()
+from ids
+where t.target = %(target)s and t.claimed @> ids.settled
+
+-- name: bury
+insert into distributary.dead_letter
+    (target, change_id, stream, key, operation, reason, status_code, response, attempts, run_id)
+select %(target)s, d.change_id, d.stream, d.key, d.operation, d.reason, d.status_code, d.response, d.attempts, %(run_id)s
+from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text[], %(operations)s::text[],
+            %(reasons)s::text[], %(statuses)s::int[], %(responses)s::text[], %(attempts)s::int[])
+     as d (change_id, stream, key, operation, reason, status_code, response, attempts)
+
+-- name: hold
+update distributary.target_state
+set status = %(status)s, reason = %(reason)s, failed_runs = %(failed_runs)s, retry_at = %(retry_at)s,
+    updated_at = clock_timestamp()
+where target = %(target)s
+
+-- name: resume
+update distributary.target_state
+set status = 'active', reason = null, failed_runs = 0, retry_at = null, updated_at = clock_timestamp()
+where target = %(target)s
+
+-- name: owed
+-- One query for all targets: a lock held is a drain at work; `exists` stops at the first change that is owed.
+with wanted as (
+    select w.target, array(select jsonb_array_elements_text(w.streams)) as streams
+    from jsonb_each(%(streams)s::jsonb) as w (target, streams)
+)
+select s.target,
+       not isempty(s.claimed) or exists (
+           select
+           from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+           cross join lateral (
+               select
+               from distributary.change_log l
+               where l.change_id >= lower(gap)
+                 and l.change_id < coalesce(upper(gap), 9223372036854775807)
+                 and (l.target is null or l.target = s.target)
+                 and l.stream = any (w.streams)
+               limit 1
+           ) owed
+       ) as has_work,
+       exists (
+           select
+           from pg_locks k
+           where k.locktype = 'advisory' and k.granted and k.objsubid = 2
+             and k.database = (select oid from pg_database where datname = current_database())
+             and k.classid::bigint = 1684632436 and k.objid::bigint = s.target_id
+       ) as held,
+       s.status,
+       s.reason,
+       coalesce(s.retry_at > clock_timestamp(), s.status = 'paused') as waiting
+from distributary.target_state s
+join wanted w on w.target = s.target
+order by s.target
+
+-- name: conservation
+select count(l.change_id) - s.before_start as captured,
+       s.accepted, s.superseded, s.filtered, s.dead,
+       count(l.change_id) filter (where s.claimed @> l.change_id) as claimed,
+       count(l.change_id) filter (where not (s.settled + s.claimed @> l.change_id)) as pending
+from distributary.target_state s
+left join distributary.change_log l on l.target is null or l.target = s.target
+where s.target = %(target)s
+group by s.target

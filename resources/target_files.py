@@ -1,0 +1,46 @@
+"""The targets of the configuration folder, behind the port of `pipelines.delivery.catalog`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.delivery.catalog import Destination, TargetCatalog, TargetMisconfigured, policy_of
+from pipelines.delivery.config import TargetConfig
+from pipelines.delivery.routing import compile_routes
+from resources.config_files import (
+    ConfigError,
+    check_routes,
+    config_folder,
+    load_source,
+    load_targets,
+    load_transforms,
+    resolve_secrets,
+)
+from resources.http_target import HttpTargetClient, endpoint
+
+
+class FileTargetCatalog(TargetCatalog):
+    """`targets/*.yaml`, read and checked against `source.yaml` once."""
+
+    def __init__(self, configs: Mapping[str, TargetConfig]) -> None:
+        self._configs = configs
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> "FileTargetCatalog":
+        """Read *folder*, by default the configured one; raises ConfigError."""
+        folder = config_folder() if folder is None else folder
+        configs = load_targets(folder)
+        check_routes(load_source(folder), configs)
+        return cls(configs)
+
+    def configs(self) -> Mapping[str, TargetConfig]:
+        return self._configs
+
+    def destination(self, target: str) -> Destination:
+        config = self._configs[target]
+        try:
+            # A missing secret is found here, not at load: it must stop this target and no other.
+            where = endpoint(config, resolve_secrets(config).__getitem__)
+            routes = compile_routes(config, load_transforms(config))
+        except ConfigError as error:
+            raise TargetMisconfigured(str(error)) from None
+        return Destination(policy=policy_of(config), routes=routes, connect=lambda: HttpTargetClient(where))
