@@ -30,5 +30,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:  ## stop the embedded Postgres and remove all that was made, its data too
-	-@test -x $(BIN)/python && $(BIN)/python -m resources.embedded_postgres stop
+	-@test -x $(BIN)/python && $(BIN)/python -m resources.embedded_postgres remove
 	rm -rf .venv .data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -123,6 +123,7 @@ def remove(folder: Path | None = None) -> bool:
             return False
         with _locked(folder / "starting.lock"):
             _stop(folder)
+            _remove_socket_folder(folder)
             shutil.rmtree(folder)
         return True
 
@@ -251,20 +252,25 @@ def _stop(folder: Path) -> bool:
     if not _lives(folder):
         return False
     for how in (signal.SIGINT, signal.SIGQUIT):  # end sessions and shut down in order; failing that, at once
-        if _listens(folder):  # else only children of a killed server are left, and its pid may be another's
-            with suppress(ProcessLookupError):
+        # One that just starts will listen soon. If only children of a killed server are left, its pid may be another's.
+        _comes_true(lambda: _listens(folder) or not _lives(folder), within=_PATIENCE_SECONDS)
+        if _listens(folder):
+            with suppress(ProcessLookupError, FileNotFoundError, ValueError):  # it is just ending, its file with it
                 os.kill(_pid(folder), how)
         if _comes_true(lambda: not _lives(folder), within=_PATIENCE_SECONDS):
-            break
-    else:
-        raise EmbeddedPostgresFailed(
-            f"The embedded Postgres in {folder} does not end; {folder / 'log'} says what it is doing."
-        )
-    beside_tmp = socket_folder(folder)
-    if beside_tmp.parent != folder:
-        with suppress(OSError):
-            beside_tmp.rmdir()
-    return True
+            _remove_socket_folder(folder)
+            return True
+    raise EmbeddedPostgresFailed(
+        f"The embedded Postgres in {folder} does not end; {folder / 'log'} says what it is doing."
+    )
+
+
+def _remove_socket_folder(folder: Path) -> None:
+    """Remove the socket's folder if it is not inside *folder* and is the server's."""
+    place = socket_folder(folder)
+    with suppress(FileNotFoundError):
+        if place.parent != folder and place.lstat().st_uid == (folder / "data").stat().st_uid:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -497,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action = parser.parse_args(arguments).action
     try:
         return _act(action)
-    except EmbeddedPostgresFailed as problem:
+    except (EmbeddedPostgresFailed, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1
 
