@@ -213,7 +213,7 @@ class _File:
         """Read *path*; raises ConfigError if it is not one mapping of text to values."""
         name = _shown(path)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = path.read_bytes().decode()
         except FileNotFoundError:
             raise ConfigError(f"{name}: there is no such file; see the README for what belongs into it") from None
         except OSError as error:
@@ -418,10 +418,10 @@ def _say(details: ErrorDetails, model: type[BaseModel], place: Place) -> str:
         shown = (
             f"'{value}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
         )
-        if value is None:
-            shown = "nothing"
-        elif isinstance(value, dict | list):
+        if isinstance(value, dict | list):
             shown = "the mapping" if isinstance(value, dict) else "the list"
+    if value is None:
+        shown = "is empty; it"
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", str(context["expected"]))
         hint = _did_you_mean(str(value), expected)

@@ -214,6 +214,11 @@ class Route:
     mode: Mode
     operations: Mapping[OperationKind, RouteOperation]
 
+    @property
+    def updates(self) -> bool:
+        """Whether a record that the target has can be changed there."""
+        return "upsert" in self.operations or "update" in self.operations
+
     def operation_for(self, first: Operation, last: Operation) -> RouteOperation | None:
         """Return what is owed for a key whose changes began with *first* and ended with *last*; None if nothing is.
 

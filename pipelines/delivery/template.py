@@ -410,7 +410,7 @@ def _renderer(
     join = b"".join
 
     def render(change: ChangeRecord) -> bytes:
-        filled = skeleton.copy()
+        filled = skeleton.copy()  # lanes render side by side
         if decode is not None:
             try:
                 values = values_of(decode(change.payload))
