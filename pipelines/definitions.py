@@ -1,24 +1,32 @@
 """Composition root: which resources serve which jobs. Nothing else binds a port to an adapter."""
 
+import click
 import dagster as dg
 
 from pipelines.delivery.assets import sync_assets
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.sensors import change_sensor
-from resources.dagster_resources import ClockResource, LedgerResource, TargetCatalogResource
+from resources.config_files import ConfigError
+from resources.dagster_resources import LedgerResource, TargetCatalogResource
+from resources.system_clock import SystemClock
 from resources.target_files import FileTargetCatalog
 
 
 @dg.definitions
 def definitions() -> dg.Definitions:
-    """Read the configuration and say what there is; raises ConfigError, in sentences for people."""
+    """Read the configuration and say what there is; raises ClickException with ConfigError's sentences."""
+    try:
+        targets = FileTargetCatalog.load()
+    except ConfigError as error:
+        # Dagster's command line prints this kind as it is, and others with a traceback.
+        raise click.ClickException(str(error)) from None
     return dg.Definitions(
         jobs=[delivery_job],
         sensors=[change_sensor],
-        assets=sync_assets(FileTargetCatalog.load().configs().values()),
+        assets=sync_assets(targets.configs().values()),
         resources={
             "ledger": LedgerResource(),
             "targets": TargetCatalogResource(),
-            "clock": ClockResource(),
+            "clock": SystemClock(),
         },
     )

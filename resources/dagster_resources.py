@@ -2,40 +2,39 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import dagster as dg
+from pydantic import Field
 
 from pipelines.delivery.catalog import TargetCatalog
-from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import Ledger
 from resources.database import database_url
 from resources.postgres_ledger import PostgresLedger
-from resources.system_clock import SystemClock
 from resources.target_files import FileTargetCatalog
 
 
 class LedgerResource(dg.ConfigurableResource[Ledger]):
-    """The ledger in the database of `DATABASE_URL`, or in the embedded one."""
+    """The ledger in a Postgres database."""
+
+    url: str | None = Field(
+        default=None, description="By default that of DATABASE_URL; if that is unset, of the embedded server."
+    )
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Ledger]:  # noqa: ARG002
         """Find the database when a step starts: loading definitions needs none."""
-        yield PostgresLedger(database_url())
+        yield PostgresLedger(self.url or database_url())
 
 
 class TargetCatalogResource(dg.ConfigurableResource[TargetCatalog]):
-    """The targets of the configuration folder."""
+    """The targets of a configuration folder."""
+
+    folder: str | None = Field(
+        default=None, description="Holds source.yaml and targets/. By default the one that DISTRIBUTARY_CONFIG names."
+    )
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[TargetCatalog]:  # noqa: ARG002
         """Read the files when a step starts."""
-        yield FileTargetCatalog.load()
-
-
-class ClockResource(dg.ConfigurableResource[Clock]):
-    """Real time."""
-
-    @contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Clock]:  # noqa: ARG002
-        """Yield the machine's clock."""
-        yield SystemClock()
+        yield FileTargetCatalog.load(Path(self.folder) if self.folder else None)

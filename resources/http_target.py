@@ -1,11 +1,14 @@
 """Target APIs over HTTP: one `httpx.Client` for each lane, behind the port of `pipelines.delivery.target`."""
 
 import base64
+import logging
 import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urlencode
 from uuid import UUID
 
 import httpx
@@ -25,7 +28,8 @@ class Endpoint:
 
     base_url: str
     headers: Mapping[str, str] = field(repr=False, default_factory=dict)
-    query: Mapping[str, str] = field(repr=False, default_factory=dict)
+    query: str = field(repr=False, default="")
+    """A part of every request's query, percent-encoded."""
     secrets: tuple[bytes, ...] = field(repr=False, default=())
     timeout_seconds: float = 15.0
     max_response_bytes: int = 1_000_000
@@ -34,7 +38,7 @@ class Endpoint:
 def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
     """Resolve *config*'s auth and headers; *secret* returns an environment variable's value or raises ConfigError."""
     headers: dict[str, str] = {"User-Agent": _USER_AGENT, "Accept": "application/json", "Accept-Encoding": "identity"}
-    query: dict[str, str] = {}
+    query = ""
     secrets: list[str] = []
 
     def resolve(value: object) -> str:
@@ -59,7 +63,8 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
             headers[auth.header] = resolve(auth.key)
         else:
             assert auth.query is not None  # the configuration asks for one of the two
-            query[auth.query] = resolve(auth.key)
+            query = urlencode({auth.query: resolve(auth.key)})
+            secrets.append(query.partition("=")[2])
     return Endpoint(
         base_url=str(config.base_url).rstrip("/"),
         headers=headers,
@@ -81,12 +86,14 @@ class HttpTargetClient(TargetClient):
 
     def __init__(self, endpoint: Endpoint, *, transport: httpx.BaseTransport | None = None) -> None:
         self._endpoint = endpoint
+        # It writes every URL down, the key in its query included.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         self._client = httpx.Client(
             headers=endpoint.headers,
-            params=endpoint.query or None,
             timeout=httpx.Timeout(endpoint.timeout_seconds),
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
             follow_redirects=False,
+            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a repeat is the same bytes
             verify=_ssl_context(),
             transport=transport,
         )
@@ -99,6 +106,9 @@ class HttpTargetClient(TargetClient):
         if request.compressed:
             headers["Content-Encoding"] = "gzip"
         url = self._endpoint.base_url + request.path
+        if self._endpoint.query:
+            # Not as httpx's `params`: those take the place of the path's own query.
+            url += ("&" if "?" in request.path else "?") + self._endpoint.query
         try:
             with self._client.stream(request.method, url, content=request.body, headers=headers) as response:
                 body, truncated = self._read(response, give_up_at=started + self._endpoint.timeout_seconds)
@@ -109,6 +119,9 @@ class HttpTargetClient(TargetClient):
                     truncated=truncated,
                     seconds=time.monotonic() - started,
                 )
+        except httpx.InvalidURL as error:
+            # The base URL was checked when it was loaded, so it is the record's key that makes this one too long.
+            return Answer(status=414, body=f"not sent: {error}".encode())
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             return self._no_answer(error, started, may_have_arrived=False)
         except (httpx.HTTPError, httpx.StreamError) as error:

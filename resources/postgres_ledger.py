@@ -1,7 +1,7 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -59,8 +59,13 @@ class PostgresLedger(Ledger):
             if not row[0]:
                 yield None
                 return
-            # Closing the connection frees the lock: there is no moment at which it is free and still written to.
-            yield PostgresTargetLedger(connection, target, run_id=run_id)
+            try:
+                connection.execute(self._sql["read_by_index"])
+                yield PostgresTargetLedger(connection, target, run_id=run_id)
+            finally:
+                # Closing the connection frees it too, but a moment later: the next drain would find it held by nobody.
+                with suppress(psycopg.Error):
+                    connection.execute(self._sql["unlock"], {"target": target})
 
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
         wanted = Jsonb({target: list(names) for target, names in streams.items()})
@@ -124,18 +129,21 @@ class PostgresTargetLedger(TargetLedger):
         ]
 
     def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
+        if max_records < 1 or max_bytes < 1:
+            # Reading nothing would look as if nothing were pending, and the gaps would close over what is.
+            raise ValueError("a window has room for at least one record and one byte")
         rows = self._execute("pending", max_records=max_records, max_bytes=max_bytes).fetchall()
         fenced, decided, seen = rows[0][:3]
         records = [ChangeRecord._make(row[3:]) for row in rows] if seen else []
         complete = seen is None or len(records) == seen < max_records
         if complete and not fenced:
-            self._set_fence()
+            self._set_fence(read=[record.change_id for record in records])
         return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
 
-    def _set_fence(self) -> None:
+    def _set_fence(self, *, read: Sequence[int]) -> None:
         row = self._execute("last_change_id").fetchone()
         if row is not None and row[0] is not None:
-            self._execute("set_fence", last=row[0])
+            self._execute("set_fence", last=row[0], read=read)
 
     def claim(self, window: Window) -> Sequence[int]:
         claimed: list[int] = []
@@ -146,6 +154,7 @@ class PostgresTargetLedger(TargetLedger):
         lasts = [first - 1 for first in firsts[1:]] + [len(claimed)] if firsts else []
         settled = [change.change_id for change in (*window.superseded, *window.filtered)]
         settled += [record.change.change_id for record in window.dead]
+        self._refuse_repeats([*claimed, *settled])
         with self._connection.transaction():
             row = self._execute(
                 "claim",
@@ -173,6 +182,8 @@ class PostgresTargetLedger(TargetLedger):
         accepted = [change.change_id for s in settlements for change in s.accepted]
         filtered = [change.change_id for s in settlements for change in s.filtered]
         dead = [record for s in settlements for record in s.dead]
+        settled = accepted + filtered + [record.change.change_id for record in dead]
+        self._refuse_repeats(settled)
         with self._connection.transaction():
             written = self._execute(
                 "settle",
@@ -184,7 +195,7 @@ class PostgresTargetLedger(TargetLedger):
                 statuses=[s.status for s in settlements],
                 latencies=[None if s.seconds is None else s.seconds * 1000 for s in settlements],
                 errors=[s.error and _storable(s.error) for s in settlements],
-                settled=accepted + filtered + [record.change.change_id for record in dead],
+                settled=settled,
                 accepted=len(accepted),
                 filtered=len(filtered),
                 dead=len(dead),
@@ -192,6 +203,11 @@ class PostgresTargetLedger(TargetLedger):
             if written.rowcount != 1:
                 raise LedgerConflict(f"{self._target}: some of what is to be settled is not claimed.")
             self._bury(dead)
+
+    def _refuse_repeats(self, change_ids: Sequence[int]) -> None:
+        if len(set(change_ids)) != len(change_ids):
+            # As a set it would be settled once, but it would be counted twice and so hide one that is missing.
+            raise LedgerConflict(f"{self._target}: some change is named twice.")
 
     def _bury(self, dead: Sequence[DeadRecord]) -> None:
         if not dead:
@@ -204,7 +220,7 @@ class PostgresTargetLedger(TargetLedger):
             record_keys=[record.change.key for record in dead],
             operations=[record.change.operation for record in dead],
             reasons=[_storable(record.reason) for record in dead],
-            statuses=[record.status for record in dead],
+            statuses=[_storable_status(record.status) for record in dead],
             responses=[record.response and _storable(record.response) for record in dead],
             attempts=[record.attempts for record in dead],
         )
@@ -219,3 +235,8 @@ class PostgresTargetLedger(TargetLedger):
 def _storable(text: str) -> str:
     """Return *text* as Postgres can keep it: a target's words may hold NUL, and have no end."""
     return text[:_LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def _storable_status(status: int | None) -> int | None:
+    """Return *status* if a column can hold it: of a single record a target may say any number."""
+    return status if status is not None and abs(status) < 2**31 else None

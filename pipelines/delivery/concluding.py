@@ -26,7 +26,8 @@ def conclude(
     """Judge a run: it fails if a critical target is not caught up or a record was dead-lettered.
 
     *owed* is what the ledger says after the drains; *scope* the targets that were asked for. A target with
-    `critical: false` only warns; one that its file pauses or disables is named and left in peace.
+    `critical: false` only warns, and so does a drain that was asked to stop; one that its file pauses or disables is
+    named and left in peace, and one that another run is at is that run's to judge.
     """
     by_target = {report.target: report for report in reports}
     state_of = {state.target: state for state in owed}
@@ -37,48 +38,53 @@ def conclude(
     for name, config in configs.items():
         if name not in scope:
             continue
-        text, trouble = _describe(by_target.get(name), state_of.get(name), config)
-        lines.append(f"{name:<{width}}  {text}")
-        for sentence in trouble:
-            (failures if config.critical else warnings).append(f"{name}: {sentence}")
+        told = _describe(by_target.get(name), state_of.get(name), config)
+        lines.append(f"{name:<{width}}  {told.line}")
+        (failures if config.critical else warnings).extend(f"{name}: {sentence}" for sentence in told.faults)
+        warnings.extend(f"{name}: {sentence}" for sentence in told.remarks)
     return Conclusion(lines=lines, failures=failures, warnings=warnings)
 
 
-def _describe(report: DrainReport | None, state: Owed | None, config: TargetConfig) -> tuple[str, list[str]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What there is to say of one target."""
+
+    line: str
+    faults: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+
+def _describe(report: DrainReport | None, state: Owed | None, config: TargetConfig) -> _Told:
     if config.status != "active":
-        return f"{config.status} in its file", []
-    if report is None:
-        if state is None or not state.has_work:
-            return "up to date", []
-        if state.held:
-            return "another run is delivering to it", []
-        why = f"not caught up: {state.reason or 'it has work, and no drain took it up'}"
-        return why, [why]
-    trouble: list[str] = []
+        return _Told(line=f"{config.status} in its file")
+    has_work = state is not None and state.has_work
+    if report is None or report.end == "held":
+        return _describe_untouched(state) if state is not None and has_work else _Told(line="up to date")
+    faults: list[str] = []
+    remarks: list[str] = []
     match report.end:
         case "caught_up":
             ending = "caught up"
-        case "held":
-            if state is not None and state.has_work:
-                ending = "another run holds it, and it is not caught up yet"
-                trouble.append(ending)
-            else:
-                ending = "caught up by another run"
-        case "deferred":
-            ending = f"deferred: {report.reason}"
-            trouble.append(f"not caught up, {ending}")
-        case "paused":
-            ending = f"paused: {report.reason}"
-            trouble.append(f"not caught up, {ending}")
         case "stopped":
             ending = f"stopped: {report.reason}"
-            if state is not None and state.has_work:
-                trouble.append(f"not caught up, {ending}")
+            if has_work:
+                remarks.append(f"not caught up, {ending}")
+        case end:
+            ending = f"{end}: {report.reason}"
+            faults.append(f"not caught up, {ending}")
     dead = report.total("dead")
     if dead:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(report.refusals.items()))
-        trouble.append(f"{dead} dead-lettered ({reasons})")
-    return f"{_numbers(report)}  {ending}", trouble
+        faults.append(f"{dead} dead-lettered ({reasons})")
+    return _Told(line=f"{_numbers(report)}  {ending}", faults=faults, remarks=remarks)
+
+
+def _describe_untouched(state: Owed) -> _Told:
+    """Describe a target with work that this run had no drain for."""
+    if state.held:
+        return _Told(line="another run is delivering to it")
+    why = f"not caught up: {state.reason or 'it has work, and no drain took it up'}"
+    return _Told(line=why, faults=[why])
 
 
 def _numbers(report: DrainReport) -> str:

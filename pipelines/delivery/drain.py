@@ -14,15 +14,13 @@ from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.judging import JudgingRules
-from pipelines.delivery.ledger import Leftover, Settlement, TargetLedger, TargetState
-from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, plan_window
+from pipelines.delivery.ledger import Settlement, TargetLedger, TargetState
+from pipelines.delivery.planning import Batch, LeftoverPlan, plan_leftover, plan_window
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.report import DrainReport, End, Recorder
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
 from pipelines.delivery.target import TargetClient
-from pipelines.delivery.template import RecordUnrenderable
 
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
@@ -79,8 +77,6 @@ def drain(
     lets the drain claim nothing new, finish what is in flight, settle and return.
     """
     state = ledger.state()
-    if state.status == "disabled":
-        return DrainReport(target=policy.target, end="paused", reason=state.reason)
     loop = _Loop(
         policy=policy,
         routes=routes,
@@ -164,6 +160,7 @@ class _Loop:
         self._lanes: list[_Lane] = []
         self._outstanding = 0
         self._outstanding_records = 0
+        self._outstanding_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
         self._learned: dict[tuple[str, str], int] = {}
         self._recorder = Recorder()
@@ -181,8 +178,14 @@ class _Loop:
 
     def _send_leftovers(self) -> None:
         """Send what an earlier drain claimed, as written, and wait for it: nothing new may overtake it."""
-        for leftover in self._ledger.leftovers():
-            self._dispatch_leftover(leftover)
+        plans = [(left.batch_id, plan_leftover(left, routes=self._routes)) for left in self._ledger.leftovers()]
+        self._gate.judge_rendering(
+            rendered=sum(len(batch.changes) for _, plan in plans for batch in plan.batches),
+            unrenderable=sum(len(plan.dead) for _, plan in plans),
+        )
+        if self._gate.halt is None:
+            for batch_id, plan in plans:
+                self._dispatch_leftover(batch_id, plan)
         self._finish_outstanding()
 
     def _deliver_pending(self) -> None:
@@ -211,6 +214,8 @@ class _Loop:
             return True
         if self._outstanding_records > self._limits.window_records // 2:
             return False
+        if self._outstanding_bytes > self._limits.window_bytes // 2:
+            return False
         return self._more or self._clock.monotonic() - self._read_at >= self._limits.poll_seconds
 
     def _halt_if_stopped(self) -> None:
@@ -230,7 +235,8 @@ class _Loop:
     def _claim(self) -> None:
         """Write the next window down and hand its batches to the lanes."""
         pending = self._ledger.pending(
-            max_records=self._limits.window_records - self._outstanding_records, max_bytes=self._limits.window_bytes
+            max_records=self._limits.window_records - self._outstanding_records,
+            max_bytes=self._limits.window_bytes - self._outstanding_bytes,
         )
         self._more, self._read_at = not pending.complete, self._clock.monotonic()
         self._read_nothing = not pending.records
@@ -243,11 +249,14 @@ class _Loop:
             lanes=self._policy.max_in_flight,
             max_records_of=self._max_records_of,
         )
+        sendable = sum(len(batch.changes) for batch in plan.batches)
+        self._gate.judge_rendering(rendered=sendable, unrenderable=len(plan.window.dead))
+        if self._gate.halt is not None:
+            return  # nothing of the window is written down: no record is buried for a wrong mapping
         batch_ids = self._ledger.claim(plan.window)
         self._recorder.count("superseded", plan.window.superseded)
         self._recorder.count("filtered", plan.window.filtered)
         self._recorder.bury(plan.window.dead)
-        self._gate.judge_records(accepted=0, dead=len(plan.window.dead))
         for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
             self._dispatch(batch_id, batch)
 
@@ -262,35 +271,16 @@ class _Loop:
                 lane.start()
         self._outstanding += 1
         self._outstanding_records += len(batch.changes)
+        self._outstanding_bytes += _weight(batch)
         self._lanes[batch.lane % len(self._lanes)].work.put((batch_id, batch))
 
-    def _dispatch_leftover(self, leftover: Leftover) -> None:
-        """Render a claimed batch again: the same members, so under the same mapping the same bytes and key."""
-        route = self._routes.get(leftover.stream)
-        operation = route.operations.get(leftover.operation) if route else None
-        if route is None or operation is None:
-            # The route was taken out of the target's file since: nobody wants these any more.
-            self._write_down([Settlement(batch_id=leftover.batch_id, filtered=leftover.changes)])
-            return
-        changes, fragments, dead, filtered = [], [], [], []
-        for change in leftover.changes:
-            try:
-                fragment = operation.render_record(change)
-            except RecordUnrenderable as error:
-                dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
-                continue
-            if fragment is None:
-                filtered.append(change)
-            else:
-                changes.append(change)
-                fragments.append(fragment)
-        if dead or filtered or not changes:
+    def _dispatch_leftover(self, batch_id: int, plan: LeftoverPlan) -> None:
+        if plan.dead or plan.filtered or not plan.batches:
             self._write_down(
-                [Settlement(batch_id=leftover.batch_id, dead=dead, filtered=filtered, finished=not changes)]
+                [Settlement(batch_id=batch_id, dead=plan.dead, filtered=plan.filtered, finished=not plan.batches)]
             )
-        if changes:
-            batch = Batch(lane=leftover.lane, route=route, operation=operation, changes=changes, fragments=fragments)
-            self._dispatch(leftover.batch_id, batch)
+        for batch in plan.batches:
+            self._dispatch(batch_id, batch)
 
     def _settle_some(self) -> None:
         """Wait a moment for a result, then write down all there are in one commit."""
@@ -302,9 +292,11 @@ class _Loop:
         except Empty:
             pass
         settlements: list[Settlement] = []
+        broken: BaseException | None = None
         for result in results:
             if isinstance(result, BaseException):
-                raise result
+                broken = result  # after what the other lanes brought is written down
+                continue
             assert isinstance(result, tuple)
             batch, sent = result
             settlements.append(self._take_in(batch, sent))
@@ -312,11 +304,14 @@ class _Loop:
             self._write_down(settlements)
             if self._unwell and self._gate.healthy and self._gate.halt is None:
                 self._ledger.resume()
-                self._unwell = False
+                self._unwell, self._earlier_failed_runs = False, 0
+        if broken is not None:
+            raise broken
 
     def _take_in(self, batch: Batch, sent: Sent) -> Settlement:
         self._outstanding -= 1
         self._outstanding_records -= len(batch.changes)
+        self._outstanding_bytes -= _weight(batch)
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:
@@ -401,3 +396,8 @@ class _Loop:
                 self._ledger.hold(status="disabled", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
             case _:
                 self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
+
+
+def _weight(batch: Batch) -> int:
+    """Return the bytes by which *batch* counts towards the window."""
+    return sum(len(change.payload) for change in batch.changes)

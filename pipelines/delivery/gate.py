@@ -56,6 +56,8 @@ class TargetGate:
         self._halt: Halt | None = None
         self._judged = 0
         self._dead = 0
+        self._rendered = 0
+        self._unrenderable = 0
 
     @property
     def halt(self) -> Halt | None:
@@ -158,14 +160,25 @@ class TargetGate:
                 return
             self._judged += accepted + dead
             self._dead += dead
-            if self._dead >= _GUARD_LEAST_DEAD and self._dead > self._guard * self._judged:
-                self._set_halt(
-                    Halt(
-                        cause="mapping",
-                        reason=f"{self._dead} of the first {self._judged} records were refused: the mapping is wrong, "
-                        "or the target is. Mend the route, then launch delivery_job.",
-                    )
-                )
+            self._guard_against(self._dead, self._judged, "were refused: the mapping is wrong, or the target is")
+
+    def judge_rendering(self, *, rendered: int, unrenderable: int) -> None:
+        """Count what is about to be written down; halt if too many of the run's first records cannot be rendered.
+
+        They are weighed among themselves: answers come later and fewer at a time.
+        """
+        with self._changed:
+            if self._rendered + self._unrenderable >= _GUARD_SAMPLE:
+                return
+            self._rendered += rendered
+            self._unrenderable += unrenderable
+            total = self._rendered + self._unrenderable
+            self._guard_against(self._unrenderable, total, "cannot be rendered: the mapping is wrong, or the rows are")
+
+    def _guard_against(self, bad: int, total: int, what: str) -> None:
+        if bad >= _GUARD_LEAST_DEAD and bad > self._guard * total:
+            reason = f"{bad} of the first {total} records {what}. Mend the route, then launch delivery_job."
+            self._set_halt(Halt(cause="mapping", reason=reason))
 
     def pause(self, pause: Pause, permit: Permit) -> None:
         """Halt for credentials or configuration."""

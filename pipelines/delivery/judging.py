@@ -125,7 +125,7 @@ def _read_success(
             raise ValueError("it was cut at max_response_bytes")
         listed = results.find(msgspec.json.decode(answer.body))
         return _ItemReader(operation, results, changes, rules).read(listed)
-    except (ValueError, TypeError, KeyError, IndexError, msgspec.DecodeError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         # The request was taken, but how it went for each record is not known: the same key may ask again.
         reason = f"answered {answer.status}, but its results cannot be read: {error}"
         return TargetFault(reason=reason, status=answer.status, outcome_unknown=True)
@@ -185,7 +185,7 @@ class _ItemReader:
     def _retryable(self) -> frozenset[object]:
         if self._results.retryable:
             return frozenset(self._results.retryable)
-        return _RETRYABLE | self._rules.retryable_status_codes
+        return (_RETRYABLE | self._rules.retryable_status_codes) - self._rules.drop_on
 
     def _position(self, order: int, item: Any) -> int:
         if self._results.by_id:
@@ -205,9 +205,15 @@ class _ItemReader:
             return status
         if not isinstance(status, int):
             raise ValueError(f"the item's status {str(status)[:40]!r} is neither a number nor true or false")  # noqa: TRY004
-        return 200 <= status < 300 or (self._operation.kind == "delete" and status in (404, 410))
+        if status in self._rules.drop_on:
+            return False
+        if status in self._rules.success_on or 200 <= status < 300:
+            return True
+        return self._operation.kind == "delete" and status in (404, 410)
 
     def _wants_fallback(self, status: Any) -> bool:
+        if status in self._rules.drop_on:
+            return False
         return (status == 409 and self._operation.on_conflict is not None) or (
             status == 404 and self._operation.on_missing is not None
         )

@@ -9,7 +9,7 @@ from zlib import crc32
 
 from pipelines.changes.record import ChangeRecord, Operation
 from pipelines.delivery.idempotency import idempotency_key
-from pipelines.delivery.ledger import Claim, PendingWindow, Window
+from pipelines.delivery.ledger import Claim, Leftover, PendingWindow, Window
 from pipelines.delivery.outcome import DeadRecord, OperationKind
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.template import RecordUnrenderable
@@ -34,6 +34,15 @@ class Plan:
     batches: Sequence[Batch]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverPlan:
+    """The batches in which a claim is sent again, and what of it is not."""
+
+    batches: Sequence[Batch]
+    filtered: Sequence[ChangeRecord]
+    dead: Sequence[DeadRecord]
+
+
 def lane_of(stream: str, key: str, *, lanes: int) -> int:
     """Return the lane of a key: always the same one, so its changes are sent one after another."""
     return crc32(key.encode(), crc32(stream.encode())) % lanes
@@ -49,7 +58,8 @@ def plan_window(
 ) -> Plan:
     """Coalesce, filter, render and batch *pending* for *target*.
 
-    In mode `state` only the last change of a key is sent and the earlier ones are superseded. A batch closes at
+    In mode `state` only the last change of a key is sent and the earlier ones are superseded (but for a deletion, on a
+    route that cannot update, of a record that was made anew). A batch closes at
     `max_records_of` its operation or at the operation's `max_bytes`.
     """
     filtered: list[ChangeRecord] = []
@@ -88,6 +98,45 @@ def plan_window(
     return Plan(window=window, batches=batches)
 
 
+def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> LeftoverPlan:
+    """Render a claim again: the same members in one batch, so under the same mapping the same bytes and key.
+
+    If its route has lost the operation since, each change goes by the one that now serves it.
+    """
+    filtered: list[ChangeRecord] = []
+    dead: list[DeadRecord] = []
+    rendered: list[tuple[RouteOperation, ChangeRecord, bytes]] = []
+    route = routes.get(leftover.stream)
+    written = route.operations.get(leftover.operation) if route else None
+    for change in leftover.changes:
+        operation = written or (route.operation_for(change.operation, change.operation) if route else None)
+        if operation is None:
+            filtered.append(change)  # nobody wants it any more
+            continue
+        try:
+            fragment = operation.render_record(change)
+        except RecordUnrenderable as error:
+            dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
+            continue
+        if fragment is None:
+            filtered.append(change)
+        else:
+            rendered.append((operation, change, fragment))
+    pieces = [rendered] if written else [[one] for one in rendered]
+    batches = [
+        Batch(
+            lane=leftover.lane,
+            route=route,
+            operation=piece[0][0],
+            changes=[change for _, change, _ in piece],
+            fragments=[fragment for _, _, fragment in piece],
+        )
+        for piece in pieces
+        if route and piece
+    ]
+    return LeftoverPlan(batches=batches, filtered=filtered, dead=dead)
+
+
 def _coalesce(
     records: Sequence[ChangeRecord],
     routes: Mapping[str, Route],
@@ -105,6 +154,10 @@ def _coalesce(
         else:
             identity = (change.stream, change.key)
             earlier = latest.pop(identity, None)
+            if earlier is not None and earlier[1].operation == "delete" and not route.updates:
+                # Deleted and made anew: where nothing updates, the target must be told both, or the insert would conflict.
+                latest[earlier[1].change_id] = earlier
+                earlier = None
             if earlier is None:
                 latest[identity] = (change.operation, change)
             else:
@@ -144,7 +197,7 @@ class _Batcher:
         lane = lane_of(change.stream, change.key, lanes=self._lanes)
         kind = (route.stream, operation.kind)
         batch = self._open[lane].get(kind)
-        if route.mode == "event":
+        if route.mode == "event" or not route.updates:
             identity = (change.stream, change.key)
             earlier = self._batch_of_key.get(identity)
             if earlier is not None and not earlier.closed and (earlier is not batch or operation.results is not None):
@@ -159,7 +212,7 @@ class _Batcher:
         batch.changes.append(change)
         batch.fragments.append(fragment)
         batch.size += len(fragment) + 1
-        if route.mode == "event":
+        if route.mode == "event" or not route.updates:
             self._batch_of_key[(change.stream, change.key)] = batch
         if len(batch.changes) >= self._max_records_of(route, operation):
             self._close_batch(batch)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Who waited as told may come a rounding error too early; clocks do not tell such times apart.
+_NO_TIME = 1e-6
+
 
 @dataclass(slots=True, kw_only=True)
 class TokenBucket:
@@ -24,7 +27,8 @@ class TokenBucket:
         """Take a token and return 0, or take none and return the seconds until there is one."""
         grown = self.tokens + (now - self.updated_at) * self.requests_per_second
         self.tokens, self.updated_at = min(float(self.burst), grown), now
-        if self.tokens >= 1:
-            self.tokens -= 1
-            return 0.0
-        return (1 - self.tokens) / self.requests_per_second
+        short = (1 - self.tokens) / self.requests_per_second
+        if short > _NO_TIME:
+            return short
+        self.tokens -= 1
+        return 0.0

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import UTC, date
 from math import ceil
 from random import Random
 from typing import Literal
@@ -102,4 +102,4 @@ class Recorder:
             self.refusals[record.reason] += 1
 
     def _tally_of(self, change: ChangeRecord) -> Tally:
-        return self.tallies[(change.stream, change.changed_at.date())]
+        return self.tallies[(change.stream, change.changed_at.astimezone(UTC).date())]

@@ -30,7 +30,7 @@ def retry_after_seconds(value: str | None, *, now: datetime, longest: float) -> 
         return longest if len(text) > 9 else min(float(text), longest)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # numbers without end
         return None
     if date.tzinfo is None:  # '-0000': UTC, of unknown origin
         date = date.replace(tzinfo=UTC)

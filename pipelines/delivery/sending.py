@@ -5,7 +5,7 @@ Whatever is known when the run gives up is reported; the rest stays claimed.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tenacity
 
@@ -63,6 +63,8 @@ class _Part:
     changes: Sequence[ChangeRecord]
     fragments: Sequence[bytes]
     fallen_back: bool = False
+    fault: TargetFault | None = None
+    """Why these records, sent with others before, are still undecided: so they wait like any retry."""
 
     def pick(self, positions: Sequence[int]) -> "_Part":
         return _Part(
@@ -163,7 +165,8 @@ class Sender:
                 if verdict.fallback:
                     instead += self._fall_back(part.pick(verdict.fallback), route, self._other(part.operation), tally)
                 if verdict.retry:
-                    instead.append(part.pick(verdict.retry))
+                    fault = TargetFault(reason=verdict.retry_reason)
+                    instead.append(replace(part.pick(verdict.retry), fault=fault))
                 return instead
             case _:  # pragma: no cover - _until_decided returns no other verdict
                 raise AssertionError(verdict)
@@ -221,6 +224,7 @@ class Sender:
                 raise _GaveUp
             answer = self._client.send(request, key=key)
             tally.attempts += 1
+            tally.retries += give_up_at is not None
             if isinstance(answer, Answer):
                 tally.latencies.append(answer.seconds)
                 tally.status = answer.status
@@ -229,9 +233,9 @@ class Sender:
             )
             return self._tell_gate(verdict, permit, tally)
 
-        verdict = attempt(None)
+        verdict = part.fault or attempt(None)
         if _is_fault(verdict):
-            verdict = self._retry_until_decided(attempt, verdict, tally)
+            verdict = self._retry_until_decided(attempt, verdict)
         return verdict
 
     def _tell_gate(self, verdict: Verdict, permit: Permit, tally: _Tally) -> Verdict:
@@ -251,9 +255,7 @@ class Sender:
                 self._gate.succeeded()
         return verdict
 
-    def _retry_until_decided(
-        self, attempt: Callable[[float | None], Verdict], fault: Verdict, tally: _Tally
-    ) -> Verdict:
+    def _retry_until_decided(self, attempt: Callable[[float | None], Verdict], fault: Verdict) -> Verdict:
         give_up_at = self._clock.monotonic() + self._retry.max_elapsed
         first = [fault]  # the attempt that brought us here is the first of the series
 
@@ -264,15 +266,11 @@ class Sender:
             wait = max(state.upcoming_sleep, self._gate.held_for())
             return self._clock.monotonic() + wait > give_up_at
 
-        def sleep(seconds: float) -> None:
-            tally.retries += 1
-            self._gate.pause_lane(seconds)
-
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_result(_is_fault),
             wait=backoff(initial_backoff=self._retry.initial_backoff, max_backoff=self._retry.max_backoff),
             stop=out_of_time,
-            sleep=sleep,
+            sleep=self._gate.pause_lane,
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else fault,
         )
         try:

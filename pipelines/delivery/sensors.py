@@ -3,8 +3,9 @@
 It keeps no cursor. A cursor that moves when a run is asked for says nothing of what was delivered; the ledger knows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -22,10 +23,13 @@ _LINGER_SECONDS = 30.0
 _MAX_SECONDS = 900.0
 # From its start, a run takes a few seconds to lock its targets; until then the lock says nothing.
 _STARTING = timedelta(seconds=30)
+# A run that was made and not begun by then was lost with the process that made it.
+_LOST = timedelta(minutes=10)
 
 
 @dg.sensor(
-    job=delivery_job,
+    # By name: given the job, dagster 1.13 copies the sensor when it binds resources, and then warns of its own copy.
+    job_name=delivery_job.name,
     minimum_interval_seconds=5,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
@@ -35,7 +39,8 @@ def change_sensor(
     targets: dg.ResourceParam[TargetCatalog],
 ) -> dg.SensorResult | dg.SkipReason:
     """Launch one run for all targets with work that nobody is at; one query, whatever the number of targets."""
-    choice = choose_targets(targets.owed(ledger), on_their_way=_on_their_way(context.instance))
+    on_their_way = _on_their_way(context.instance, targets.configs())
+    choice = choose_targets(targets.owed(ledger), on_their_way=on_their_way)
     if not choice.targets:
         waiting = "; ".join(f"{name}: {why}" for name, why in choice.left_out.items())
         return dg.SkipReason(waiting or "Every target has everything.")
@@ -47,20 +52,38 @@ def change_sensor(
     return dg.SensorResult(run_requests=[request])
 
 
-def _on_their_way(instance: dg.DagsterInstance) -> frozenset[str]:
+def _on_their_way(instance: dg.DagsterInstance, known: Collection[str]) -> frozenset[str]:
     """Return the targets of runs that have not had the time to take their locks."""
-    waiting = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING]
     records = instance.get_run_records(
-        dg.RunsFilter(job_name=delivery_job.name, statuses=[*waiting, dg.DagsterRunStatus.STARTED])
+        dg.RunsFilter(
+            job_name=delivery_job.name,
+            statuses=[
+                dg.DagsterRunStatus.QUEUED,
+                dg.DagsterRunStatus.NOT_STARTED,
+                dg.DagsterRunStatus.STARTING,
+                dg.DagsterRunStatus.STARTED,
+            ],
+        )
     )
-    just_now = datetime.now(UTC) - _STARTING
-    names: list[str] = []
-    for record in records:
-        started = record.start_time
-        if record.dagster_run.status in waiting or (started is not None and started > just_now.timestamp()):
-            names += _targets_of(record.dagster_run.tags)
-    return frozenset(names)
+    now = datetime.now(UTC)
+    return frozenset(
+        name for record in records if _may_yet_begin(record, now) for name in _targets_of(record.dagster_run, known)
+    )
 
 
-def _targets_of(tags: Mapping[str, str]) -> Sequence[str]:
-    return [name for name in tags.get(TARGETS_TAG, "").split(",") if name]
+def _may_yet_begin(record: dg.RunRecord, now: datetime) -> bool:
+    match record.dagster_run.status:
+        case dg.DagsterRunStatus.QUEUED:
+            return True
+        case dg.DagsterRunStatus.STARTED:
+            return record.start_time is not None and record.start_time > (now - _STARTING).timestamp()
+        case _:
+            return record.update_timestamp > now - _LOST
+
+
+def _targets_of(run: dg.DagsterRun, known: Collection[str]) -> Collection[str]:
+    """Return the targets that *run* was asked to deliver to; a person's run that names none is for all."""
+    asked: Any = run.run_config
+    for key in ("ops", "plan_deliveries", "config", "targets"):
+        asked = asked.get(key) or {}
+    return asked or known

@@ -9,10 +9,14 @@ where not exists (select from distributary.target_state s where s.target = wante
 insert into distributary.target_state (target) values (%(target)s) on conflict do nothing
 
 -- name: register_from_now
--- What is committed is left out; what is still open is not: it will appear in a gap, and be delivered.
+-- What is committed is left out; what is still open is not: it will appear in a gap, and be delivered. Nor is what is
+-- addressed to this target: that was meant for it.
 insert into distributary.target_state (target, settled, before_start)
-select %(target)s, coalesce(range_agg(int8range(change_id, change_id, '[]')), '{}'), count(*)
-from distributary.change_log
+select %(target)s,
+       coalesce(range_agg(int8range(change_id, change_id, '[]')), '{}'),
+       count(*) filter (where l.target is null)
+from distributary.change_log l
+where l.target is distinct from %(target)s
 on conflict do nothing
 
 -- name: try_lock
@@ -21,6 +25,12 @@ select pg_try_advisory_lock(1684632436, target_id) from distributary.target_stat
 
 -- name: unlock
 select pg_advisory_unlock(1684632436, target_id) from distributary.target_state where target = %(target)s
+
+-- name: read_by_index
+-- For this session. Without statistics (a new log, a first load) the planner sorts all of the log for each window; and
+-- where it takes such a plan it also compiles it, which takes longer than running it.
+select set_config(name, 'off', false)
+from unnest(array['enable_seqscan', 'enable_bitmapscan', 'jit']) as name
 
 -- name: state
 select status, reason, failed_runs, retry_at from distributary.target_state where target = %(target)s
@@ -40,7 +50,8 @@ order by b.batch_id, member.position
 -- makes 'decided' true. The first column tells a row from none. `before` bounds memory by bytes as they are stored.
 with state as materialized (
     select settled + claimed as taken,
-           fence_xid is not null as fenced,
+           -- A fence in the future was taken in another cluster, before a dump and a restore: it is none.
+           coalesce(fence_xid < pg_snapshot_xmax(pg_current_snapshot()), false) as fenced,
            case when fence_xid < pg_snapshot_xmin(pg_current_snapshot()) then fence_change_id end as decided
     from distributary.target_state
     where target = %(target)s
@@ -75,12 +86,17 @@ select case when is_called then last_value end from distributary.change_log_chan
 
 -- name: set_fence
 -- After `last_change_id` was read, in a transaction of its own: every transaction that drew an id up to it has an older
--- xid than this one, for the log's first column makes the xid before the id is drawn. Only if there is a gap to close.
+-- xid than this one, for the log's first column makes the xid before the id is drawn. Only if there is a gap to close;
+-- what was just read is about to be claimed and is none.
 update distributary.target_state
 set fence_xid = pg_current_xact_id(), fence_change_id = %(last)s
 where target = %(target)s
-  and fence_xid is null
-  and not (settled + claimed @> int8range(0, %(last)s, '[]'))
+  and coalesce(fence_xid >= pg_snapshot_xmax(pg_current_snapshot()), true)
+  and not (
+      settled + claimed
+      + (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(read)s::bigint[]) as id)
+      @> int8range(0, %(last)s, '[]')
+  )
 
 -- name: claim
 with claims as (
@@ -121,10 +137,24 @@ with results as (
                 %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[], %(errors)s::text[])
          as r (batch_id, finished, accepted, dead, attempts, status_code, latency_ms, error)
 ),
+ids as (
+    select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
+),
+still as materialized (
+    select t.claimed - ids.settled as claimed from distributary.target_state t, ids where t.target = %(target)s
+),
+ended as (
+    -- Not if a member is still claimed, whatever was said: a batch that is not in flight is never sent again.
+    select b.batch_id
+    from results r
+    join distributary.batch b on b.batch_id = r.batch_id
+    cross join still
+    where r.finished and not exists (select from unnest(b.change_ids) as id where still.claimed @> id)
+),
 written as (
     update distributary.batch b
-    set state = case when r.finished then 'settled' else b.state end,
-        finished_at = case when r.finished then clock_timestamp() end,
+    set state = case when e.batch_id is not null then 'settled' else b.state end,
+        finished_at = case when e.batch_id is not null then clock_timestamp() end,
         accepted = b.accepted + r.accepted,
         dead = b.dead + r.dead,
         attempts = b.attempts + r.attempts,
@@ -132,10 +162,8 @@ written as (
         latency_ms = coalesce(r.latency_ms, b.latency_ms),
         error = coalesce(r.error, b.error)
     from results r
+    left join ended e on e.batch_id = r.batch_id
     where b.batch_id = r.batch_id and b.target = %(target)s
-),
-ids as (
-    select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
 )
 update distributary.target_state t
 set settled = t.settled + ids.settled,

@@ -1,0 +1,475 @@
+"""The ledger in plain Python, with a source whose transactions stay open, commit late or roll back as a test wants.
+
+What it does is what `pipelines_tests/contracts/test_ledger.py` finds Postgres to do; that is its licence to stand in.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from threading import Lock
+from typing import Literal
+from uuid import UUID
+
+from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.delivery.clock import Clock
+from pipelines.delivery.ledger import (
+    Conservation,
+    Ledger,
+    LedgerConflict,
+    Leftover,
+    Owed,
+    PendingWindow,
+    Settlement,
+    Start,
+    Status,
+    TargetLedger,
+    TargetState,
+    Window,
+)
+from pipelines.delivery.outcome import DeadRecord, OperationKind
+from pipelines_tests.fakes.clock import FakeClock
+
+
+class FakeLockLost(Exception):
+    """Somebody writes to a target whose lock is not theirs (any more)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeBatch:
+    """One row of the trail: a claimed batch and what became of it."""
+
+    batch_id: int
+    target: str
+    lane: int
+    stream: str
+    operation: OperationKind
+    change_ids: tuple[int, ...]
+    idempotency_key: UUID
+    run_id: str
+    state: Literal["claimed", "settled"] = "claimed"
+    accepted: int = 0
+    dead: int = 0
+    attempts: int = 0
+    status: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+class FakeTransaction:
+    """A writer of the source: what it appended is seen once it commits."""
+
+    def __init__(self, ledger: "FakeLedger") -> None:
+        self._ledger = ledger
+        self.xid: int | None = None
+        self.records: list[ChangeRecord] = []
+        self.state: Literal["open", "committed", "rolled back"] = "open"
+
+    def append(
+        self,
+        stream: str,
+        key: str,
+        *,
+        operation: Operation = "update",
+        payload: bytes = b"{}",
+        target: str | None = None,
+        replays: int | None = None,
+    ) -> int:
+        """Draw a change id for a record and return it; *target* addresses the record."""
+        assert self.state == "open"
+        return self._ledger._append(self, stream, key, operation, payload, target, replays)
+
+    def commit(self) -> None:
+        """Let all see what was appended."""
+        assert self.state == "open"
+        self.state = "committed"
+
+    def rollback(self) -> None:
+        """Take back what was appended; its change ids are never used again."""
+        assert self.state == "open"
+        self.state = "rolled back"
+
+
+@dataclass(slots=True)
+class _Logged:
+    record: ChangeRecord
+    target: str | None
+    writer: FakeTransaction
+
+    def is_for(self, target: str) -> bool:
+        return self.writer.state == "committed" and self.target in (None, target)
+
+
+@dataclass(slots=True)
+class _Fence:
+    xid: int
+    change_id: int
+
+
+@dataclass(slots=True)
+class _Target:
+    name: str
+    settled: set[int] = field(default_factory=set)
+    claimed: set[int] = field(default_factory=set)
+    before_start: int = 0
+    accepted: int = 0
+    superseded: int = 0
+    filtered: int = 0
+    dead: int = 0
+    status: Status = "active"
+    reason: str | None = None
+    failed_runs: int = 0
+    retry_at: datetime | None = None
+    fence: _Fence | None = None
+    holder: "FakeTargetLedger | None" = None
+
+
+class FakeLedger(Ledger):
+    """All targets' ledgers, and the change log of their source.
+
+    Seeded with *changes*, committed under the ids that they bring, and with registered *targets*.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: Mapping[str, Start] | None = None,
+        changes: Iterable[ChangeRecord] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or FakeClock()
+        self._log: list[_Logged] = []
+        self._last_change_id = 0
+        self._last_xid = 0
+        self._transactions: list[FakeTransaction] = []
+        self._targets: dict[str, _Target] = {}
+        self._batches: list[FakeBatch] = []
+        self._dead_letters: list[tuple[str, DeadRecord]] = []
+        self._lock = Lock()
+        if targets:
+            self.register(targets)
+        self.seed(changes)
+
+    # --- the source --------------------------------------------------------------------------------------------------
+
+    def seed(self, changes: Iterable[ChangeRecord]) -> None:
+        """Commit *changes* under the ids that they bring, all greater than any before."""
+        writer = self.begin()
+        for change in changes:
+            assert change.change_id > self._last_change_id
+            self._last_change_id = change.change_id
+            self._log.append(_Logged(change, None, writer))
+            writer.records.append(change)
+        writer.commit()
+
+    def begin(self) -> FakeTransaction:
+        """Open a transaction of the source."""
+        transaction = FakeTransaction(self)
+        self._transactions.append(transaction)
+        return transaction
+
+    def append(
+        self,
+        stream: str,
+        key: str,
+        *,
+        operation: Operation = "update",
+        payload: bytes = b"{}",
+        target: str | None = None,
+        replays: int | None = None,
+    ) -> ChangeRecord:
+        """Append a record in a transaction of its own and commit it."""
+        writer = self.begin()
+        writer.append(stream, key, operation=operation, payload=payload, target=target, replays=replays)
+        writer.commit()
+        return writer.records[0]
+
+    def _append(
+        self,
+        writer: FakeTransaction,
+        stream: str,
+        key: str,
+        operation: Operation,
+        payload: bytes,
+        target: str | None,
+        replays: int | None,
+    ) -> int:
+        with self._lock:
+            if writer.xid is None:  # before the change id is drawn, as in the log's first column
+                writer.xid = self._next_xid()
+            self._last_change_id += 1
+            record = ChangeRecord(
+                change_id=self._last_change_id,
+                stream=stream,
+                key=key,
+                operation=operation,
+                payload=payload,
+                changed_at=self._clock.now(),
+                replays=replays,
+            )
+            self._log.append(_Logged(record, target, writer))
+            writer.records.append(record)
+            return record.change_id
+
+    def _next_xid(self) -> int:
+        self._last_xid += 1
+        return self._last_xid
+
+    # --- what tests read ---------------------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> tuple[ChangeRecord, ...]:
+        """The committed records, by change id."""
+        return tuple(logged.record for logged in self._log if logged.writer.state == "committed")
+
+    @property
+    def batches(self) -> tuple[FakeBatch, ...]:
+        """The trail of all targets' batches, in the order in which they were claimed."""
+        return tuple(self._batches)
+
+    @property
+    def dead_letters(self) -> tuple[tuple[str, DeadRecord], ...]:
+        """Targets and what they refused, in the order in which it was written."""
+        return tuple(self._dead_letters)
+
+    @property
+    def settled(self) -> Mapping[str, frozenset[int]]:
+        """The settled change ids of each target, those in closed gaps included."""
+        return {target.name: frozenset(target.settled) for target in self._targets.values()}
+
+    @property
+    def claimed(self) -> Mapping[str, frozenset[int]]:
+        """The claimed change ids of each target."""
+        return {target.name: frozenset(target.claimed) for target in self._targets.values()}
+
+    @property
+    def states(self) -> Mapping[str, TargetState]:
+        """Each target's status and breaker."""
+        return {target.name: _state_of(target) for target in self._targets.values()}
+
+    # --- the port ----------------------------------------------------------------------------------------------------
+
+    def register(self, targets: Mapping[str, Start]) -> None:
+        for name, start in targets.items():
+            if name in self._targets:
+                continue
+            target = self._targets[name] = _Target(name)
+            if start == "now":
+                before = [entry for entry in self._log if entry.writer.state == "committed" and entry.target != name]
+                target.settled = {entry.record.change_id for entry in before}
+                target.before_start = sum(entry.target is None for entry in before)
+
+    @contextmanager
+    def open_target(self, target: str, *, run_id: str) -> Iterator[TargetLedger | None]:
+        row = self._row(target)
+        ledger = FakeTargetLedger(self, row, run_id=run_id)
+        with self._lock:
+            taken = row.holder is not None
+            if not taken:
+                row.holder = ledger
+        if taken:
+            yield None
+            return
+        try:
+            yield ledger
+        finally:
+            with self._lock:
+                if row.holder is ledger:
+                    row.holder = None
+
+    def break_lock(self, target: str) -> None:
+        """Free a target's lock as a lost connection does: its holder's next call raises FakeLockLost."""
+        with self._lock:
+            self._row(target).holder = None
+
+    def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
+        return [
+            Owed(
+                target=name,
+                has_work=bool(row.claimed) or any(change.stream in streams[name] for change in self._pending(row)),
+                held=row.holder is not None,
+                status=row.status,
+                reason=row.reason,
+                waiting=row.status == "paused" if row.retry_at is None else row.retry_at > self._clock.now(),
+            )
+            for name, row in sorted(self._targets.items())
+            if name in streams
+        ]
+
+    def conservation(self, target: str) -> Conservation:
+        row = self._row(target)
+        ids = [logged.record.change_id for logged in self._log if logged.is_for(target)]
+        return Conservation(
+            target=target,
+            captured=len(ids) - row.before_start,
+            accepted=row.accepted,
+            superseded=row.superseded,
+            filtered=row.filtered,
+            dead=row.dead,
+            claimed=sum(change_id in row.claimed for change_id in ids),
+            pending=len(self._pending(row)),
+        )
+
+    def _row(self, target: str) -> _Target:
+        row = self._targets.get(target)
+        if row is None:
+            raise LookupError(f"The target '{target}' is not registered; call register first.")
+        return row
+
+    def _pending(self, row: _Target) -> list[ChangeRecord]:
+        taken = row.settled | row.claimed
+        mine = [logged.record for logged in self._log if logged.is_for(row.name)]
+        return sorted(change for change in mine if change.change_id not in taken)
+
+    def _oldest_open_xid(self) -> int:
+        """Return the id below which every transaction is over: the snapshot's xmin."""
+        still_open = [writer.xid for writer in self._transactions if writer.state == "open" and writer.xid is not None]
+        return min(still_open, default=self._last_xid + 1)
+
+
+class FakeTargetLedger(TargetLedger):
+    """One target's ledger; every call asks first whether the lock is still this one's."""
+
+    def __init__(self, ledger: FakeLedger, row: _Target, *, run_id: str) -> None:
+        self._ledger = ledger
+        self._target = row
+        self._run_id = run_id
+
+    @property
+    def _row(self) -> _Target:
+        if self._target.holder is not self:
+            raise FakeLockLost(f"the lock of '{self._target.name}' is not this ledger's")
+        return self._target
+
+    def state(self) -> TargetState:
+        return _state_of(self._row)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        row = self._row
+        logged = {entry.record.change_id: entry.record for entry in self._ledger._log}
+        leftovers = []
+        for batch in self._ledger._batches:
+            members = [logged[change_id] for change_id in batch.change_ids if change_id in row.claimed]
+            if batch.target == row.name and batch.state == "claimed" and members:
+                leftovers.append(
+                    Leftover(
+                        batch_id=batch.batch_id,
+                        lane=batch.lane,
+                        stream=batch.stream,
+                        operation=batch.operation,
+                        changes=members,
+                    )
+                )
+        return leftovers
+
+    def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
+        row = self._row
+        if max_records < 1 or max_bytes < 1:
+            raise ValueError("a window has room for at least one record and one byte")
+        owed = self._ledger._pending(row)
+        records: list[ChangeRecord] = []
+        size = 0
+        for change in owed[:max_records]:
+            if size >= max_bytes:
+                break
+            records.append(change)
+            size += len(change.payload)
+        complete = len(records) == len(owed) < max_records
+        decided = None
+        if complete and row.fence is None:
+            self._set_fence(row, read=records)
+        elif complete and row.fence is not None and row.fence.xid < self._ledger._oldest_open_xid():
+            decided = row.fence.change_id
+        return PendingWindow(records=records, complete=complete, decided_up_to=decided)
+
+    def _set_fence(self, row: _Target, *, read: Sequence[ChangeRecord]) -> None:
+        last = self._ledger._last_change_id
+        covered = row.settled | row.claimed | {change.change_id for change in read}
+        if last and not covered.issuperset(range(last + 1)):
+            row.fence = _Fence(self._ledger._next_xid(), last)
+
+    def claim(self, window: Window) -> Sequence[int]:
+        row = self._row
+        claimed = [change.change_id for claim in window.claims for change in claim.changes]
+        settled = [change.change_id for change in (*window.superseded, *window.filtered)]
+        settled += [record.change.change_id for record in window.dead]
+        self._refuse_repeats([*claimed, *settled])
+        if not (row.settled | row.claimed).isdisjoint([*claimed, *settled]):
+            raise LedgerConflict(f"{row.name}: some of the window is settled or claimed already.")
+        row.claimed.update(claimed)
+        row.settled.update(settled)
+        if window.decided_up_to is not None:
+            row.settled.update(set(range(window.decided_up_to + 1)) - row.claimed)
+            row.fence = None
+        row.superseded += len(window.superseded)
+        row.filtered += len(window.filtered)
+        self._bury(row, window.dead)
+        first = len(self._ledger._batches) + 1
+        for batch_id, claim in enumerate(window.claims, start=first):
+            self._ledger._batches.append(
+                FakeBatch(
+                    batch_id=batch_id,
+                    target=row.name,
+                    lane=claim.lane,
+                    stream=claim.stream,
+                    operation=claim.operation,
+                    change_ids=tuple(change.change_id for change in claim.changes),
+                    idempotency_key=claim.idempotency_key,
+                    run_id=self._run_id,
+                )
+            )
+        return list(range(first, first + len(window.claims)))
+
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        row = self._row
+        accepted = [change.change_id for s in settlements for change in s.accepted]
+        filtered = [change.change_id for s in settlements for change in s.filtered]
+        dead = [record for s in settlements for record in s.dead]
+        ids = [*accepted, *filtered, *(record.change.change_id for record in dead)]
+        self._refuse_repeats(ids)
+        if not row.claimed.issuperset(ids):
+            raise LedgerConflict(f"{row.name}: some of what is to be settled is not claimed.")
+        row.claimed.difference_update(ids)
+        row.settled.update(ids)
+        row.accepted += len(accepted)
+        row.filtered += len(filtered)
+        self._bury(row, dead)
+        batches = {batch.batch_id: batch for batch in self._ledger._batches if batch.target == row.name}
+        for settlement in settlements:
+            batch = batches.get(settlement.batch_id)
+            if batch is not None:
+                self._take_down(row, batch, settlement)
+
+    @staticmethod
+    def _take_down(row: _Target, batch: FakeBatch, settlement: Settlement) -> None:
+        # A batch is not over while a member of it is claimed, whatever is said: nobody would ever send that one.
+        if settlement.finished and row.claimed.isdisjoint(batch.change_ids):
+            batch.state = "settled"
+        batch.accepted += len(settlement.accepted)
+        batch.dead += len(settlement.dead)
+        batch.attempts += settlement.attempts
+        batch.status = batch.status if settlement.status is None else settlement.status
+        batch.seconds = batch.seconds if settlement.seconds is None else settlement.seconds
+        batch.error = batch.error if settlement.error is None else settlement.error
+
+    def _refuse_repeats(self, change_ids: Sequence[int]) -> None:
+        if len(set(change_ids)) != len(change_ids):
+            raise LedgerConflict(f"{self._target.name}: some change is named twice.")
+
+    def _bury(self, row: _Target, dead: Sequence[DeadRecord]) -> None:
+        row.dead += len(dead)
+        self._ledger._dead_letters += [(row.name, record) for record in dead]
+
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
+        row = self._row
+        row.status, row.reason, row.failed_runs, row.retry_at = status, reason, failed_runs, retry_at
+
+    def resume(self) -> None:
+        row = self._row
+        row.status, row.reason, row.failed_runs, row.retry_at = "active", None, 0, None
+
+
+def _state_of(row: _Target) -> TargetState:
+    return TargetState(
+        target=row.name, status=row.status, reason=row.reason, failed_runs=row.failed_runs, retry_at=row.retry_at
+    )

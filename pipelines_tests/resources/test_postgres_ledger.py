@@ -1,0 +1,421 @@
+"""What is true of the ledger because it is in Postgres: connections, snapshots, plans. The rest is the contract's."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+
+import psycopg
+import pytest
+
+from pipelines.delivery.ledger import LedgerConflict, Settlement, TargetLedger, Window
+from pipelines.delivery.outcome import DeadRecord
+from pipelines_tests.contracts.ledgers import PostgresSubject, Writer, claim_each, claim_of, comes_true, ids, read
+from resources.postgres_ledger import PostgresTargetLedger
+from resources.sql import statements
+
+
+@pytest.fixture
+def subject(database: str) -> Iterator[PostgresSubject]:
+    with ExitStack() as stack:
+        subject = PostgresSubject(database, stack)
+        subject.ledger.register({"crm": "beginning"})
+        yield subject
+
+
+def accept_all(ledger: TargetLedger) -> list[int]:
+    """Claim and accept what is pending; return its change ids."""
+    window = read(ledger)
+    batches = claim_each(ledger, window)
+    ledger.settle([Settlement(batch_id=batch_id, accepted=[change]) for batch_id, change in batches.items()])
+    return ids(window.records)
+
+
+# --- the lock and its connection --------------------------------------------------------------------------------------
+
+
+def test_a_killed_connection_frees_the_lock_and_its_holder_cannot_write(subject: PostgresSubject) -> None:
+    """There is no moment at which two drains could both write."""
+    for _ in range(2):
+        subject.append()
+    with subject.open("crm") as crm:
+        claimed, pending = read(crm).records
+        (batch_id,) = crm.claim(Window(claims=[claim_of(claimed)]))
+
+        subject.rows(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where application_name = 'distributary drain crm' and datname = current_database()"
+        )
+        with subject.open("crm") as successor:
+            with pytest.raises(psycopg.OperationalError):
+                crm.settle([Settlement(batch_id=batch_id, accepted=[claimed])])
+            with pytest.raises(psycopg.OperationalError):
+                crm.claim(Window(claims=[claim_of(pending)]))
+            assert [ids(leftover.changes) for leftover in successor.leftovers()] == [[claimed.change_id]]
+            successor.settle([Settlement(batch_id=batch_id, accepted=[claimed])])
+    found = subject.ledger.conservation("crm")
+    assert (found.accepted, found.claimed, found.pending, found.holds) == (1, 0, 1, True)
+
+
+_HOLD_THE_LOCK = """
+import sys
+from resources.postgres_ledger import PostgresLedger
+with PostgresLedger(sys.argv[1]).open_target("crm", run_id="other") as ledger:
+    print("held" if ledger else "refused", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_process_frees_the_lock(subject: PostgresSubject) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", _HOLD_THE_LOCK, subject.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with subject.ledger.open_target("crm", run_id="mine") as ledger:
+            assert ledger is None
+        assert [found.held for found in subject.ledger.owed({"crm": []})] == [True]
+        other.kill()
+
+    def is_free() -> bool:
+        with subject.ledger.open_target("crm", run_id="mine") as ledger:
+            return ledger is not None
+
+    assert comes_true(is_free)
+
+
+def test_a_lock_of_another_database_or_another_use_is_not_ours(subject: PostgresSubject) -> None:
+    """Advisory locks belong to a database; and a lock on one 64-bit number is none on two of 32 bits."""
+    ((target_id,),) = subject.rows("select target_id from distributary.target_state where target = 'crm'")
+    subject.rows("select pg_advisory_lock((1684632436::bigint << 32) | %s)", target_id)
+
+    assert [found.held for found in subject.ledger.owed({"crm": []})] == [False]
+    with subject.open("crm"):
+        assert [found.held for found in subject.ledger.owed({"crm": []})] == [True]
+
+
+# --- what a target says -----------------------------------------------------------------------------------------------
+
+
+def test_texts_that_postgres_cannot_hold_are_kept_as_far_as_they_can_be(subject: PostgresSubject) -> None:
+    """A target must not be able to stop its drain by what it answers."""
+    odd = "a\0b\udcffc" + "x" * 5000
+    for _ in range(3):
+        subject.append()
+    with subject.open("crm") as crm:
+        one, two, three = read(crm).records
+        (batch_id,) = crm.claim(
+            Window(claims=[claim_of(one, three)], dead=[DeadRecord(change=two, reason=odd, response=odd, attempts=0)])
+        )
+        crm.settle(
+            [
+                Settlement(
+                    batch_id=batch_id,
+                    accepted=[three],
+                    dead=[DeadRecord(change=one, reason=odd, status=10**12, response=odd)],
+                    error=odd,
+                )
+            ]
+        )
+        crm.hold(status="paused", reason=odd, failed_runs=1, retry_at=None)
+
+        reason = crm.state().reason
+    letters = subject.rows("select reason, response, status_code from distributary.dead_letter order by change_id")
+    ((error,),) = subject.rows("select error from distributary.batch")
+    for text in (reason, error, *(row[0] for row in letters), *(row[1] for row in letters)):
+        assert text.startswith("a\N{REPLACEMENT CHARACTER}b?cxxx")
+        assert len(text) == 2000
+    assert [row[2] for row in letters] == [None, None]
+
+
+def test_a_conflict_leaves_the_connection_usable(subject: PostgresSubject) -> None:
+    subject.append()
+    with subject.open("crm") as crm:
+        (change,) = read(crm).records
+        with pytest.raises(LedgerConflict):
+            crm.settle([Settlement(batch_id=1, accepted=[change])])
+        assert accept_all(crm) == [change.change_id]
+
+
+# --- gaps, under whatever transactions do -----------------------------------------------------------------------------
+
+
+def fence_of(subject: PostgresSubject) -> tuple[Any, ...]:
+    (row,) = subject.rows("select fence_xid::text, fence_change_id from distributary.target_state where target = 'crm'")
+    return row
+
+
+def test_a_fence_is_taken_only_while_there_are_gaps(subject: PostgresSubject) -> None:
+    """A target that has caught up must not write, nor use up transaction ids, at every poll."""
+    subject.append()
+    with subject.open("crm") as crm:
+        accept_all(crm)
+        assert comes_true(lambda: accept_all(crm) == [] and subject.settled_ranges("crm") == [(0, 1)])
+        for _ in range(5):
+            assert read(crm).records == []
+        assert fence_of(subject) == (None, None)
+
+        subject.append()
+        accept_all(crm)
+        for _ in range(5):
+            read(crm)
+        assert subject.settled_ranges("crm") == [(0, 2)]
+        assert fence_of(subject) == (None, None)
+
+
+def test_the_set_stays_small_however_many_ids_are_rolled_back(subject: PostgresSubject) -> None:
+    random = Random(1)
+    with psycopg.connect(subject.url) as writer:
+        for key in range(300):
+            writer.execute(
+                "insert into distributary.change_log (stream, key, operation, payload)"
+                " values ('a', %s, 'insert', '{}')",
+                [str(key)],
+            )
+            writer.rollback() if random.random() < 0.5 else writer.commit()
+    with subject.open("crm") as crm:
+        accept_all(crm)
+        assert len(subject.settled_ranges("crm")) > 50
+
+        assert comes_true(lambda: accept_all(crm) == [] and subject.settled_ranges("crm") == [(0, 300)])
+    assert subject.ledger.conservation("crm").holds
+
+
+def test_a_change_within_a_savepoint_is_open_as_long_as_its_transaction(subject: PostgresSubject) -> None:
+    """A subtransaction has an id of its own, drawn late; what counts is that of the whole, drawn first."""
+    insert = "insert into distributary.change_log (stream, key, operation, payload) values ('a', '1', 'insert', '{}')"
+    with psycopg.connect(subject.url) as writer:
+        writer.execute("savepoint kept")
+        writer.execute(insert)
+        writer.execute("release kept")
+        writer.execute("savepoint undone")
+        writer.execute(insert)
+        writer.execute("rollback to undone")
+        last = subject.append()
+        with subject.open("crm") as crm:
+            for expected in ([last], [], [], []):
+                assert accept_all(crm) == expected
+            assert subject.settled_ranges("crm") == [(last, last)]
+
+            writer.commit()
+
+            assert accept_all(crm) == [last - 2]
+            assert comes_true(lambda: accept_all(crm) == [] and subject.settled_ranges("crm") == [(0, last)])
+
+
+def test_an_id_that_was_drawn_but_not_yet_written_keeps_its_gap_open(subject: PostgresSubject) -> None:
+    """Its transaction must be known by then: hence xid is the log's first column. Here writing the row takes long."""
+    slow_insert = (
+        "insert into distributary.change_log (stream, key, operation, payload)"
+        " values ('a', '1', 'insert', (select '{}'::jsonb from (select pg_advisory_xact_lock(42)) slow))"
+    )
+    subject.append()  # the first id of a sequence gives its transaction an id too; most do not
+    subject.rows("select pg_advisory_lock(42)")
+    with psycopg.connect(subject.url) as connection, ThreadPoolExecutor(1) as thread:
+        slow = thread.submit(connection.execute, slow_insert)
+        try:
+            assert comes_true(lambda: subject.rows(statements("ledger")["last_change_id"]) == [(2,)])
+            subject.append()
+            with subject.open("crm") as crm:
+                for expected in ([1, 3], [], [], []):
+                    assert accept_all(crm) == expected
+                assert subject.settled_ranges("crm") == [(1, 1), (3, 3)]
+        finally:
+            subject.rows("select pg_advisory_unlock(42)")
+        slow.result()
+        connection.commit()
+    with subject.open("crm") as crm:
+        assert accept_all(crm) == [2]
+
+
+class _Interrupted(PostgresTargetLedger):
+    """Between any two of its statements somebody writes."""
+
+    def __init__(self, ledger: TargetLedger, interrupt: Any) -> None:
+        assert isinstance(ledger, PostgresTargetLedger)
+        super().__init__(ledger._connection, ledger._target, run_id=ledger._run_id)
+        self._interrupt = interrupt
+
+    def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
+        self._interrupt()
+        found = super()._execute(name, **parameters)
+        self._interrupt()
+        return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_writers_between_any_two_statements_lose_nothing(subject: PostgresSubject, seed: int) -> None:
+    """Above all between reading the sequence and taking the fence. Some began long before, some stay open for long."""
+    random = Random(seed)
+    still_open: list[tuple[Writer, list[int]]] = []
+    committed: list[int] = []
+
+    def interrupt() -> None:
+        fate = random.random()
+        if fate < 0.35:
+            still_open.append((subject.begin(), []))
+        if still_open and fate < 0.7:
+            writer, written = random.choice(still_open)
+            written.append(writer.append("customers", "1"))
+        elif still_open:
+            writer, written = still_open.pop(random.randrange(len(still_open)))
+            if fate < 0.8:
+                writer.rollback()
+            else:
+                writer.commit()
+                committed.extend(written)
+
+    delivered: list[int] = []
+    with subject.open("crm") as ledger:
+        crm = _Interrupted(ledger, interrupt)
+        for _ in range(40):
+            delivered += accept_all(crm)
+        for writer, written in still_open:
+            writer.commit()
+            committed.extend(written)
+
+        def caught_up() -> bool:
+            delivered.extend(accept_all(ledger))
+            return len(subject.settled_ranges("crm")) == 1
+
+        assert comes_true(caught_up)
+
+    assert sorted(delivered) == sorted(committed)
+    assert subject.ledger.conservation("crm").holds
+
+
+def test_a_fence_of_another_cluster_is_taken_anew(subject: PostgresSubject) -> None:
+    """After a dump and a restore transaction ids begin again, and the old fence would keep the gaps open for years."""
+    subject.draw_and_roll_back()
+    last = subject.append()
+    subject.rows(
+        "update distributary.target_state set fence_xid = '9000000000000', fence_change_id = %s returning target", last
+    )
+    with subject.open("crm") as crm:
+        assert comes_true(lambda: not accept_all(crm) and subject.settled_ranges("crm") == [(0, last)])
+
+
+def test_an_id_given_by_hand_behind_what_is_settled_is_noticed(subject: PostgresSubject) -> None:
+    """It cannot be delivered, for nothing tells it from a settled one; but the books do not balance any more."""
+    subject.draw_and_roll_back()
+    last = subject.append()
+    with subject.open("crm") as crm:
+        assert comes_true(lambda: not accept_all(crm) and subject.settled_ranges("crm") == [(0, last)])
+    assert subject.ledger.conservation("crm").holds
+
+    with pytest.raises(psycopg.errors.GeneratedAlways):
+        subject.rows(
+            "insert into distributary.change_log (change_id, stream, key, operation, payload)"
+            " values (1, 'a', '1', 'insert', '{}') returning 1"
+        )
+    subject.rows(
+        "insert into distributary.change_log (change_id, stream, key, operation, payload) overriding system value"
+        " values (1, 'a', '1', 'insert', '{}') returning 1"
+    )
+
+    assert not subject.ledger.conservation("crm").holds
+
+
+# --- how it reads -----------------------------------------------------------------------------------------------------
+
+
+def scans_of_the_log(connection: psycopg.Connection, name: str, **parameters: object) -> set[str]:
+    """Return how the plan of a statement reads the change log, for these parameters."""
+    query = "explain (format json) " + statements("ledger")[name]
+    row = psycopg.ClientCursor(connection).execute(query, parameters).fetchone()
+    assert row is not None
+
+    def walk(node: dict[str, Any]) -> Iterator[str]:
+        if node.get("Relation Name") == "change_log" or node.get("Index Name") == "change_log_pkey":
+            yield node["Node Type"]
+        for below in node.get("Plans", []):
+            yield from walk(below)
+
+    return set(walk(row[0][0]["Plan"]))
+
+
+def fill(subject: PostgresSubject, *, rows: int) -> None:
+    subject.rows(
+        "insert into distributary.change_log (stream, key, operation, payload)"
+        " select 'customers', i::text, 'insert', jsonb_build_object('id', i) from generate_series(1, %s) i returning 1",
+        rows,
+    )
+
+
+def make_gaps(subject: PostgresSubject, *, gaps: int) -> None:
+    subject.rows(
+        "update distributary.target_state set settled ="
+        " (select range_agg(int8range(2 * i, 2 * i, '[]')) from generate_series(1, %s) i) returning 1",
+        gaps,
+    )
+
+
+@pytest.mark.parametrize("gaps", [0, 10_000])
+@pytest.mark.parametrize("analyzed", [True, False])
+def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, analyzed: bool) -> None:
+    """Also on a log that was never analyzed, which else is sorted whole for each window."""
+    fill(subject, rows=20_000)
+    if gaps:
+        make_gaps(subject, gaps=gaps)
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        if analyzed:
+            connection.execute("analyze distributary.change_log")
+        connection.execute(statements("ledger")["read_by_index"])
+
+        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000, max_bytes=1_000_000)
+
+    assert found == {"Index Scan"}
+    with subject.open("crm") as crm:
+        step = 2 if gaps else 1
+        assert ids(read(crm, max_records=1000).records) == list(range(1, 1 + 1000 * step, step))
+
+
+def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> None:
+    fill(subject, rows=20_000)
+    make_gaps(subject, gaps=10_000)
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        connection.execute("analyze distributary.change_log")
+
+        found = scans_of_the_log(connection, "owed", streams='{"crm": ["customers"]}')
+
+    assert found == {"Index Scan"}
+
+
+def test_what_is_owed_is_one_query_however_many_targets(
+    subject: PostgresSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [f"target_{n}" for n in range(10)]
+    subject.ledger.register(dict.fromkeys(targets, "beginning"))
+    subject.append()
+    asked: list[object] = []
+    execute = psycopg.Cursor.execute
+
+    def spy(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(query)
+        return execute(self, query, *arguments, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", spy)
+    found = subject.ledger.owed({target: ["customers"] for target in targets})
+
+    assert [owed.target for owed in found] == targets
+    assert all(owed.has_work for owed in found)
+    assert asked == [statements("ledger")["owed"]]
+
+
+def test_an_open_ledger_reads_by_index_for_its_session_alone(subject: PostgresSubject) -> None:
+    with subject.open("crm") as crm:
+        assert isinstance(crm, PostgresTargetLedger)
+        assert crm._connection.execute("show enable_bitmapscan").fetchone() == ("off",)
+    assert subject.rows("show enable_bitmapscan") == [("on",)]
+
+
+def test_each_drain_has_a_name_that_an_operator_can_find(subject: PostgresSubject) -> None:
+    with subject.open("crm"):
+        assert subject.rows(
+            "select count(*) from pg_stat_activity where datname = current_database() and application_name = %s",
+            "distributary drain crm",
+        ) == [(1,)]
