@@ -11,6 +11,7 @@ from psycopg.types.json import Jsonb
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.ledger import (
+    LONG_TAIL,
     Conservation,
     Ledger,
     LedgerConflict,
@@ -25,10 +26,15 @@ from pipelines.delivery.ledger import (
     Window,
 )
 from pipelines.delivery.outcome import DeadRecord
-from resources.database import connect
+from resources.database import DatabaseProblem, connect
+from resources.migrate import check_sequence
 from resources.sql import statements
 
 _LONGEST_TEXT = 2000
+
+
+class SchemaMissing(DatabaseProblem):
+    """The database was never migrated, or not by this version."""
 
 
 class PostgresLedger(Ledger):
@@ -42,7 +48,12 @@ class PostgresLedger(Ledger):
     def _connection(self, purpose: str) -> Iterator[psycopg.Connection]:
         with connect(self._url, application_name=f"distributary {purpose}") as connection:
             connection.autocommit = True
-            yield connection
+            try:
+                yield connection
+            except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName):
+                raise SchemaMissing(
+                    "The database has no schema 'distributary', or an older one: run `python -m resources.migrate`."
+                ) from None
 
     def register(self, targets: Mapping[str, Start]) -> None:
         with self._connection("register") as connection:
@@ -60,6 +71,7 @@ class PostgresLedger(Ledger):
                 yield None
                 return
             try:
+                check_sequence(connection)
                 connection.execute(self._sql["read_by_index"])
                 yield PostgresTargetLedger(connection, target, run_id=run_id)
             finally:
@@ -70,7 +82,7 @@ class PostgresLedger(Ledger):
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
         wanted = Jsonb({target: list(names) for target, names in streams.items()})
         with self._connection("owed") as connection:
-            rows = connection.execute(self._sql["owed"], {"streams": wanted}).fetchall()
+            rows = connection.execute(self._sql["owed"], {"streams": wanted, "long_tail": LONG_TAIL}).fetchall()
         return [
             Owed(target=target, has_work=has_work, held=held, status=status, reason=reason, waiting=waiting)
             for target, has_work, held, status, reason, waiting in rows
@@ -110,9 +122,9 @@ class PostgresTargetLedger(TargetLedger):
     def state(self) -> TargetState:
         row = self._execute("state").fetchone()
         assert row is not None  # its lock is held, and rows are never deleted
-        status, reason, failed_runs, retry_at = row
+        log_id, status, reason, failed_runs, retry_at = row
         return TargetState(
-            target=self._target, status=status, reason=reason, failed_runs=failed_runs, retry_at=retry_at
+            target=self._target, log_id=log_id, status=status, reason=reason, failed_runs=failed_runs, retry_at=retry_at
         )
 
     def leftovers(self) -> Sequence[Leftover]:

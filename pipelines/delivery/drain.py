@@ -142,6 +142,7 @@ class _Loop:
         self._on_progress = on_progress
         self._unwell = state.failed_runs > 0 or state.status != "active"
         self._earlier_failed_runs = state.failed_runs
+        self._log_id = state.log_id
         now = clock.monotonic()
         self._started_at, self._busy_until = now, now
         self._gate = TargetGate(
@@ -244,6 +245,7 @@ class _Loop:
             return
         plan = plan_window(
             pending,
+            log_id=self._log_id,
             target=self._policy.target,
             routes=self._routes,
             lanes=self._policy.max_in_flight,
@@ -334,6 +336,7 @@ class _Loop:
     def _sender(self) -> tuple[Sender, TargetClient]:
         client = self._connect()
         sender = Sender(
+            log_id=self._log_id,
             target=self._policy.target,
             client=client,
             gate=self._gate,

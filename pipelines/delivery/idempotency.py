@@ -5,15 +5,13 @@ from uuid import UUID, uuid5
 
 from pipelines.changes.record import ChangeRecord
 
-_NAMESPACE = UUID("5b0f6a52-3f0b-5f0e-9d5a-7d1f6c1b3a11")
 
-
-def idempotency_key(target: str, fingerprint: str, changes: Sequence[ChangeRecord]) -> UUID:
+def idempotency_key(log_id: UUID, target: str, fingerprint: str, changes: Sequence[ChangeRecord]) -> UUID:
     """Return the key sent with *changes*: the same on every attempt and after every crash.
 
-    It is a UUIDv5 (RFC 9562 §5.5) of the target, the mapping's *fingerprint* and the ids of the changes, in order; a
-    replayed change counts as its original. There is no attempt number and no run id in it, for a retry must not look
-    like a new request. Another mapping is another key, so no target sees one key with two bodies.
+    It is a UUIDv5 (RFC 9562 §5.5), in the log's namespace, of the target, the mapping's *fingerprint* and the changes'
+    ids, in order; a replayed change counts as its original. There is no attempt number and no run id in it, for a
+    retry must not look like a new request. Another mapping is another key, so no target sees one key with two bodies.
     """
     ids = ",".join(str(change.change_id if change.replays is None else change.replays) for change in changes)
-    return uuid5(_NAMESPACE, f"{target}:{fingerprint}:{ids}")
+    return uuid5(log_id, f"{target}:{fingerprint}:{ids}")

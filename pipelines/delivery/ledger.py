@@ -23,8 +23,12 @@ Start = Literal["now", "beginning"]
 Status = Literal["active", "paused", "disabled"]
 
 
+LONG_TAIL = 1000
+"""So many changes in the gaps that are not for a target are work too: once passed over, they are not seen again."""
+
+
 class LedgerConflict(Exception):
-    """A settlement names changes that are not claimed: two writers, or a defect. Nothing was written."""
+    """A settlement names a change that is not claimed, or one twice: two writers, or a defect. Nothing was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,8 @@ class TargetState:
     """One target's row, without its sets."""
 
     target: str
+    log_id: UUID
+    """Which log this is: in another database the change ids begin anew, and mean other changes."""
     status: Status = "active"
     reason: str | None = None
     failed_runs: int = 0
@@ -66,7 +72,7 @@ class Owed:
 
     target: str
     has_work: bool
-    """Something is claimed or pending."""
+    """Something is claimed or pending, or there is a long tail to pass over."""
     held: bool
     """A drain holds its lock now."""
     status: Status

@@ -5,6 +5,7 @@ Pure: the same window gives the same plan.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from uuid import UUID
 from zlib import crc32
 
 from pipelines.changes.record import ChangeRecord, Operation
@@ -51,6 +52,7 @@ def lane_of(stream: str, key: str, *, lanes: int) -> int:
 def plan_window(
     pending: PendingWindow,
     *,
+    log_id: UUID,
     target: str,
     routes: Mapping[str, Route],
     lanes: int,
@@ -88,7 +90,7 @@ def plan_window(
             stream=batch.route.stream,
             operation=batch.operation.kind,
             changes=batch.changes,
-            idempotency_key=idempotency_key(target, batch.operation.fingerprint, batch.changes),
+            idempotency_key=idempotency_key(log_id, target, batch.operation.fingerprint, batch.changes),
         )
         for batch in batches
     ]
@@ -155,7 +157,7 @@ def _coalesce(
             identity = (change.stream, change.key)
             earlier = latest.pop(identity, None)
             if earlier is not None and earlier[1].operation == "delete" and not route.updates:
-                # Deleted and made anew: where nothing updates, the target must be told both, or the insert would conflict.
+                # Deleted and made anew: where nothing updates, the target must be told both, or the insert conflicts.
                 latest[earlier[1].change_id] = earlier
                 earlier = None
             if earlier is None:

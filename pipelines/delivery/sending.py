@@ -6,6 +6,7 @@ Whatever is known when the run gives up is reported; the rest stays claimed.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 import tenacity
 
@@ -100,6 +101,7 @@ class Sender:
     def __init__(
         self,
         *,
+        log_id: UUID,
         target: str,
         client: TargetClient,
         gate: TargetGate,
@@ -107,6 +109,7 @@ class Sender:
         retry: RetryPolicy,
         clock: Clock,
     ) -> None:
+        self._log_id = log_id
         self._target = target
         self._client = client
         self._gate = gate
@@ -216,7 +219,7 @@ class Sender:
     def _until_decided(self, part: _Part, tally: _Tally) -> Verdict:
         """Send the same bytes under the same key until the answer is about the records; raises _GaveUp."""
         request = part.operation.request(part.changes, part.fragments)
-        key = idempotency_key(self._target, part.operation.fingerprint, part.changes)
+        key = idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
 
         def attempt(give_up_at: float | None) -> Verdict:
             permit = self._gate.enter(give_up_at=give_up_at)

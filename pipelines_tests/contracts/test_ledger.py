@@ -2,13 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import timedelta
 from random import Random
 
 import pytest
 
 from pipelines.changes.record import ChangeRecord
-from pipelines.delivery.ledger import LedgerConflict, PendingWindow, Settlement, TargetLedger, TargetState, Window
+from pipelines.delivery.ledger import (
+    LONG_TAIL,
+    LedgerConflict,
+    PendingWindow,
+    Settlement,
+    TargetLedger,
+    TargetState,
+    Window,
+)
 from pipelines.delivery.outcome import DeadRecord
 from pipelines_tests.contracts.ledgers import (
     DeadLetter,
@@ -22,6 +31,7 @@ from pipelines_tests.contracts.ledgers import (
     ids,
     read,
 )
+from pipelines_tests.fakes.ledger import LOG_ID
 
 
 @pytest.fixture(params=["fake", "postgres"])
@@ -135,7 +145,9 @@ def test_registering_again_changes_nothing(subject: Subject, crm: TargetLedger) 
     subject.ledger.register({"crm": "beginning", "email": "beginning"})
 
     assert counts(subject) == {"captured": 2, "accepted": 1, "pending": 1}
-    assert crm.state() == TargetState(target="crm", status="paused", reason="401", failed_runs=2, retry_at=None)
+    assert as_left(crm) == TargetState(
+        log_id=LOG_ID, target="crm", status="paused", reason="401", failed_runs=2, retry_at=None
+    )
     assert counts(subject, "email") == {"captured": 2, "pending": 2}
 
 
@@ -688,24 +700,49 @@ def test_dead_letters_say_what_was_refused_and_why(subject: Subject, crm: Target
 # --- holding and what is owed -----------------------------------------------------------------------------------------
 
 
+def as_left(ledger: TargetLedger) -> TargetState:
+    return replace(ledger.state(), log_id=LOG_ID)
+
+
+def test_every_target_of_a_log_knows_which_log_it_is(subject: Subject) -> None:
+    subject.ledger.register({"crm": "beginning", "email": "beginning"})
+    with subject.open("crm") as crm, subject.open("email") as email:
+        here = crm.state().log_id
+        assert email.state().log_id == here
+    with subject.open("crm") as again:
+        assert again.state().log_id == here
+
+
 def test_a_hold_is_remembered_until_the_target_resumes(subject: Subject) -> None:
     subject.ledger.register({"crm": "beginning"})
     retry_at = subject.now() + timedelta(hours=1)
     with subject.open("crm") as first:
-        assert first.state() == TargetState(target="crm")
+        assert as_left(first) == TargetState(log_id=LOG_ID, target="crm")
         first.hold(status="active", reason="answered 503", failed_runs=2, retry_at=retry_at)
     with subject.open("crm") as second:
-        assert second.state() == TargetState(
-            target="crm", status="active", reason="answered 503", failed_runs=2, retry_at=retry_at
+        assert as_left(second) == TargetState(
+            log_id=LOG_ID, target="crm", status="active", reason="answered 503", failed_runs=2, retry_at=retry_at
         )
         second.resume()
-        assert second.state() == TargetState(target="crm")
+        assert as_left(second) == TargetState(log_id=LOG_ID, target="crm")
 
 
 def owed(subject: Subject, *streams: str) -> tuple[bool, bool, bool]:
     (found,) = subject.ledger.owed({"crm": streams})
     assert found.target == "crm"
     return found.has_work, found.held, found.waiting
+
+
+def test_a_long_tail_of_what_is_not_for_a_target_is_work_and_a_short_one_is_not(subject: Subject) -> None:
+    """Else each look would pass over it again, and the log would make every tick longer."""
+    subject.ledger.register({"crm": "beginning"})
+    for _ in range(LONG_TAIL - 1):
+        subject.append(stream="orders")
+    assert owed(subject, "customers")[0] is False
+
+    subject.append(stream="customers", target="email")
+
+    assert owed(subject, "customers")[0] is True
 
 
 def test_a_target_has_work_while_a_routed_change_is_pending_or_claimed(subject: Subject) -> None:

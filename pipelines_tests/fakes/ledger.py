@@ -14,6 +14,7 @@ from uuid import UUID
 from pipelines.changes.record import ChangeRecord, Operation
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import (
+    LONG_TAIL,
     Conservation,
     Ledger,
     LedgerConflict,
@@ -29,6 +30,8 @@ from pipelines.delivery.ledger import (
 )
 from pipelines.delivery.outcome import DeadRecord, OperationKind
 from pipelines_tests.fakes.clock import FakeClock
+
+LOG_ID = UUID("5b0f6a52-3f0b-5f0e-9d5a-7d1f6c1b3a11")
 
 
 class FakeLockLost(Exception):
@@ -286,7 +289,7 @@ class FakeLedger(Ledger):
         return [
             Owed(
                 target=name,
-                has_work=bool(row.claimed) or any(change.stream in streams[name] for change in self._pending(row)),
+                has_work=bool(row.claimed) or self._is_owed_something(row, streams[name]),
                 held=row.holder is not None,
                 status=row.status,
                 reason=row.reason,
@@ -295,6 +298,13 @@ class FakeLedger(Ledger):
             for name, row in sorted(self._targets.items())
             if name in streams
         ]
+
+    def _is_owed_something(self, row: _Target, streams: Sequence[str]) -> bool:
+        taken = row.settled | row.claimed
+        seen = (one for one in self._log if one.writer.state == "committed")
+        tail = sorted((one for one in seen if one.record.change_id not in taken), key=lambda one: one.record)
+        tail = tail[:LONG_TAIL]
+        return len(tail) == LONG_TAIL or any(one.is_for(row.name) and one.record.stream in streams for one in tail)
 
     def conservation(self, target: str) -> Conservation:
         row = self._row(target)
@@ -471,5 +481,10 @@ class FakeTargetLedger(TargetLedger):
 
 def _state_of(row: _Target) -> TargetState:
     return TargetState(
-        target=row.name, status=row.status, reason=row.reason, failed_runs=row.failed_runs, retry_at=row.retry_at
+        target=row.name,
+        log_id=LOG_ID,
+        status=row.status,
+        reason=row.reason,
+        failed_runs=row.failed_runs,
+        retry_at=row.retry_at,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pipelines.delivery.ledger import LedgerConflict, Settlement, TargetLedger, Window
+from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, Settlement, TargetLedger, Window
 from pipelines.delivery.outcome import DeadRecord
 from pipelines_tests.contracts.ledgers import PostgresSubject, Writer, claim_each, claim_of, comes_true, ids, read
 from resources.postgres_ledger import PostgresTargetLedger
@@ -380,7 +380,7 @@ def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> No
     with psycopg.connect(subject.url, autocommit=True) as connection:
         connection.execute("analyze distributary.change_log")
 
-        found = scans_of_the_log(connection, "owed", streams='{"crm": ["customers"]}')
+        found = scans_of_the_log(connection, "owed", streams='{"crm": ["customers"]}', long_tail=LONG_TAIL)
 
     assert found == {"Index Scan"}
 

@@ -33,7 +33,9 @@ select set_config(name, 'off', false)
 from unnest(array['enable_seqscan', 'enable_bitmapscan', 'jit']) as name
 
 -- name: state
-select status, reason, failed_runs, retry_at from distributary.target_state where target = %(target)s
+select i.log_id, s.status, s.reason, s.failed_runs, s.retry_at
+from distributary.target_state s, distributary.log_identity i
+where s.target = %(target)s
 
 -- name: leftovers
 select b.batch_id, b.lane, b.stream, b.operation,
@@ -195,24 +197,27 @@ set status = 'active', reason = null, failed_runs = 0, retry_at = null, updated_
 where target = %(target)s
 
 -- name: owed
--- One query for all targets: a lock held is a drain at work; `exists` stops at the first change that is owed.
+-- One query for all targets: a lock held is a drain at work. No more than a long tail's length is looked at for each: what
+-- lies in the gaps and is nobody's here (other streams, other targets) would else be passed over again at every tick.
 with wanted as (
     select w.target, array(select jsonb_array_elements_text(w.streams)) as streams
     from jsonb_each(%(streams)s::jsonb) as w (target, streams)
 )
 select s.target,
-       not isempty(s.claimed) or exists (
-           select
-           from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
-           cross join lateral (
-               select
-               from distributary.change_log l
-               where l.change_id >= lower(gap)
-                 and l.change_id < coalesce(upper(gap), 9223372036854775807)
-                 and (l.target is null or l.target = s.target)
-                 and l.stream = any (w.streams)
-               limit 1
-           ) owed
+       not isempty(s.claimed) or (
+           select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s
+           from (
+               select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted
+               from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+               cross join lateral (
+                   select l.target, l.stream
+                   from distributary.change_log l
+                   where l.change_id >= lower(gap) and l.change_id < coalesce(upper(gap), 9223372036854775807)
+                   order by l.change_id
+                   limit %(long_tail)s
+               ) l
+               limit %(long_tail)s
+           ) tail
        ) as has_work,
        exists (
            select

@@ -16,6 +16,13 @@ create table distributary.change_log (
     traceparent text                                             -- W3C trace context of who made the change
 );
 
+-- Which log this is. In another database the ids begin anew and mean other changes: keys are made in its namespace.
+create table distributary.log_identity (
+    log_id    uuid    not null default gen_random_uuid(),
+    singleton boolean primary key default true check (singleton)
+);
+insert into distributary.log_identity default values;
+
 create table distributary.target_state (
     target               text           primary key check (target ~ '^[a-z][a-z0-9_]*$'),
     target_id            integer        not null generated always as identity unique,  -- names the drain's advisory lock

