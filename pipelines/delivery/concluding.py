@@ -21,13 +21,19 @@ class Conclusion:
 
 
 def conclude(
-    reports: Sequence[DrainReport], *, configs: Mapping[str, TargetConfig], owed: Sequence[Owed], scope: frozenset[str]
+    reports: Sequence[DrainReport],
+    *,
+    configs: Mapping[str, TargetConfig],
+    owed: Sequence[Owed],
+    scope: frozenset[str],
+    asked_by_sensor: bool = False,
 ) -> Conclusion:
     """Judge a run: it fails if a critical target is not caught up or a record was dead-lettered.
 
     *owed* is what the ledger says after the drains; *scope* the targets that were asked for. A target with
     `critical: false` only warns, and so does a drain that was asked to stop; one that its file pauses or disables is
-    named and left in peace, and one that another run is at is that run's to judge.
+    named and left in peace. One that another run is at, and that is not caught up yet, fails a person's run (which is
+    to answer that very question) but not a sensor's: there it is the other run's to judge.
     """
     by_target = {report.target: report for report in reports}
     state_of = {state.target: state for state in owed}
@@ -38,7 +44,7 @@ def conclude(
     for name, config in configs.items():
         if name not in scope:
             continue
-        told = _describe(by_target.get(name), state_of.get(name), config)
+        told = _describe(by_target.get(name), state_of.get(name), config, asked_by_sensor=asked_by_sensor)
         lines.append(f"{name:<{width}}  {told.line}")
         (failures if config.critical else warnings).extend(f"{name}: {sentence}" for sentence in told.faults)
         warnings.extend(f"{name}: {sentence}" for sentence in told.remarks)
@@ -54,12 +60,14 @@ class _Told:
     remarks: Sequence[str] = ()
 
 
-def _describe(report: DrainReport | None, state: Owed | None, config: TargetConfig) -> _Told:
+def _describe(report: DrainReport | None, state: Owed | None, config: TargetConfig, *, asked_by_sensor: bool) -> _Told:
     if config.status != "active":
         return _Told(line=f"{config.status} in its file")
     has_work = state is not None and state.has_work
     if report is None or report.end == "held":
-        return _describe_untouched(state) if state is not None and has_work else _Told(line="up to date")
+        if state is None or not has_work:
+            return _Told(line="up to date")
+        return _describe_untouched(state, asked_by_sensor=asked_by_sensor)
     faults: list[str] = []
     remarks: list[str] = []
     match report.end:
@@ -79,10 +87,11 @@ def _describe(report: DrainReport | None, state: Owed | None, config: TargetConf
     return _Told(line=f"{_numbers(report)}  {ending}", faults=faults, remarks=remarks)
 
 
-def _describe_untouched(state: Owed) -> _Told:
+def _describe_untouched(state: Owed, *, asked_by_sensor: bool) -> _Told:
     """Describe a target with work that this run had no drain for."""
     if state.held:
-        return _Told(line="another run is delivering to it")
+        line = "another run is delivering to it"
+        return _Told(line=line, faults=[] if asked_by_sensor else [f"not caught up: {line}"])
     why = f"not caught up: {state.reason or 'it has work, and no drain took it up'}"
     return _Told(line=why, faults=[why])
 

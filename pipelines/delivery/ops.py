@@ -23,6 +23,7 @@ from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.report import DrainReport, Recorder
 
 _PROGRESS_SECONDS = 10.0
+_SENSOR_TAG = "dagster/sensor_name"  # Dagster puts it on every run that a sensor asked for
 
 
 class PlanConfig(dg.Config):
@@ -128,6 +129,7 @@ def conclude_delivery(
         configs=targets.configs(),
         owed=targets.owed(ledger),
         scope=frozenset(scope),
+        asked_by_sensor=context.has_tag(_SENSOR_TAG),
     )
     for line in conclusion.lines:
         print(line, flush=True)  # on stdout: what `dagster job execute` shows in CI

@@ -151,6 +151,9 @@ def _coalesce(
         route = routes.get(change.stream)
         if route is None:
             filtered.append(change)
+        elif change.operation == "delete" and "delete" not in route.operations:
+            # Not wanted, so it overtakes nothing: whether the state before it is sent must not depend on when it came.
+            filtered.append(change)
         elif route.mode == "event":
             latest[change.change_id] = (change.operation, change)
         else:

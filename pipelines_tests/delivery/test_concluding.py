@@ -20,8 +20,14 @@ IDLE = Owed(target="crm", has_work=False, held=False, status="active", reason=No
 OWED = replace(IDLE, has_work=True)
 
 
-def concluded(*reports: DrainReport, state: Owed = IDLE, **config: Any) -> Conclusion:
-    return conclude(reports, configs={"crm": target_config("crm", **config)}, owed=[state], scope=frozenset({"crm"}))
+def concluded(*reports: DrainReport, state: Owed = IDLE, asked_by_sensor: bool = False, **config: Any) -> Conclusion:
+    return conclude(
+        reports,
+        configs={"crm": target_config("crm", **config)},
+        owed=[state],
+        scope=frozenset({"crm"}),
+        asked_by_sensor=asked_by_sensor,
+    )
 
 
 def test_a_target_that_has_everything_is_one_line_with_its_numbers():
@@ -88,12 +94,19 @@ class TestATargetThatThisRunHadNoDrainFor:
         assert conclusion.lines == ["crm  up to date"]
         assert conclusion.failures == []
 
-    def test_is_the_other_runs_to_judge_while_one_is_at_it(self, reports):
+    def test_is_the_other_runs_to_judge_while_one_is_at_it_if_the_sensor_asked(self, reports):
         """That run fails if it must; a second alarm for one fault tells nobody anything."""
-        conclusion = concluded(*reports, state=replace(OWED, held=True))
+        conclusion = concluded(*reports, state=replace(OWED, held=True), asked_by_sensor=True)
 
         assert conclusion.lines == ["crm  another run is delivering to it"]
         assert (conclusion.failures, conclusion.warnings) == ([], [])
+
+    def test_fails_a_persons_run_while_another_is_at_it_and_has_not_caught_up(self, reports):
+        """CI asks whether everything is there; that somebody is on it is no yes."""
+        conclusion = concluded(*reports, state=replace(OWED, held=True))
+
+        assert conclusion.lines == ["crm  another run is delivering to it"]
+        assert conclusion.failures == ["crm: not caught up: another run is delivering to it"]
 
     def test_fails_the_run_if_it_is_owed_something_and_nobody_is_at_it(self, reports):
         conclusion = concluded(*reports, state=replace(OWED, status="disabled", reason="answered 410"))

@@ -112,6 +112,27 @@ def test_where_nothing_updates_a_record_made_anew_is_deleted_first_and_then_inse
     assert sent(plan)[2:] == [("insert", [3])]
 
 
+def test_a_record_deleted_and_made_anew_is_both_where_nothing_updates() -> None:
+    """One insert in their place would conflict with the record that is still there."""
+    plan = planned(
+        [change(1, "a", operation="delete"), change(2, "a", operation="insert")],
+        routes_of(customers={"insert": INSERT, "delete": DELETE}),
+    )
+
+    assert sent(plan) == [("delete", [1]), ("insert", [2])]
+
+
+def test_a_delete_that_is_not_wanted_supersedes_nothing() -> None:
+    """Had the insert come in a window of its own, it would have been sent: timing decides nothing."""
+    plan = planned(
+        [change(1, "a", operation="insert"), change(2, "a", operation="delete")],
+        routes_of(customers={"insert": INSERT}),
+    )
+
+    assert sent(plan) == [("insert", [1])]
+    assert ids(plan.window.filtered) == [2]
+
+
 # What is not sent -----------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +303,10 @@ def _naive_owed(records: Sequence[ChangeRecord], routes: Mapping[str, Route]) ->
         route = routes.get(one.stream)
         if route is None:
             continue
-        mine = [other for other in records if (other.stream, other.key) == (one.stream, one.key)]
+        wanted = [o for o in records if o.operation != "delete" or "delete" in route.operations]
+        mine = [other for other in wanted if (other.stream, other.key) == (one.stream, one.key)]
+        if one not in mine:
+            continue
         lives = _lives(mine) if not route.updates else [mine]
         if route.mode == "event":
             lives = [[each] for each in mine]
