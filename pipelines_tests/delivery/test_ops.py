@@ -178,6 +178,8 @@ class TestDeliverToTarget:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_lets_what_is_in_flight_finish_and_be_settled(self, number):
         """What a cancelled run and a stopping machine send; without this, the step would be cut off in mid-request."""
+        # A shell starts what runs in the background with SIGINT ignored.
+        before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
         ledger = FakeLedger(targets={"crm": "beginning"})
         for key in range(2000):
             ledger.append("people", str(key))
@@ -199,7 +201,7 @@ class TestDeliverToTarget:
         assert ledger.conservation("crm").holds
         assert not any(state.held for state in ledger.owed({"crm": ["people"]}))
         # Dagster itself, once it has run anything, leaves SIGTERM to what SIGINT does.
-        usual = (signal.SIG_DFL, signal.default_int_handler)
+        usual = (*before, signal.SIG_DFL, signal.default_int_handler)
         assert signal.getsignal(signal.SIGINT) in usual
         assert signal.getsignal(signal.SIGTERM) in usual
 
