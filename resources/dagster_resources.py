@@ -7,10 +7,12 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
+from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.ledger import Ledger
-from resources.database import database_url
+from resources.database import connect, database_url
 from resources.postgres_ledger import PostgresLedger
+from resources.source_tables import SourceTable, look_at_tables
 from resources.target_files import FileTargetCatalog
 
 
@@ -37,4 +39,9 @@ class TargetCatalogResource(dg.ConfigurableResource[TargetCatalog]):
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[TargetCatalog]:  # noqa: ARG002
         """Read the files when a step starts."""
-        yield FileTargetCatalog.load(Path(self.folder) if self.folder else None)
+        yield FileTargetCatalog.load(Path(self.folder) if self.folder else None, _look)
+
+
+def _look(source: SourceConfig) -> dict[str, SourceTable]:
+    with connect(database_url(), application_name="distributary source", autocommit=True) as connection:
+        return look_at_tables(connection, source)

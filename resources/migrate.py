@@ -16,6 +16,7 @@ from psycopg import sql
 from resources import config_files, database
 from resources.capture import CaptureBusy, exclusively, install_capture
 from resources.captured_table import CaptureRefused
+from resources.source_tables import look_at_tables, missing_columns
 from resources.sql import statements
 
 MIGRATIONS = Path(__file__).parent / "sql" / "migrations"
@@ -125,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks; return its exit status: 2 if the configuration is at fault, 1 for all else."""
     argparse.ArgumentParser(prog="python -m resources.migrate", description=__doc__).parse_args(arguments)
     try:
-        source = config_files.load_source(config_files.config_folder())
+        folder = config_files.config_folder()
+        source, targets = config_files.load_source(folder), config_files.load_targets(folder)
+        config_files.check_routes(source, targets)
         with database.connect(
             database.database_url(), application_name="distributary migrate", autocommit=True
         ) as connection:
@@ -134,6 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: applied", flush=True)
             check_sequence(connection)
             install_capture(connection, source, report=lambda action: print(action, flush=True))
+            tables = look_at_tables(connection, source)
+        problems = [problem for target in targets.values() for problem in missing_columns(target, tables)]
+        if problems:
+            raise config_files.ConfigError("\n".join(problems))
     except (config_files.ConfigError, CaptureRefused) as problem:
         print(problem, file=sys.stderr)
         return 2

@@ -1,8 +1,10 @@
 """The targets of the configuration folder, behind the port of `pipelines.delivery.catalog`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import Destination, TargetCatalog, TargetMisconfigured, policy_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import compile_routes
@@ -16,21 +18,31 @@ from resources.config_files import (
     resolve_secrets,
 )
 from resources.http_target import HttpTargetClient, endpoint
+from resources.source_tables import SourceTable, missing_columns, uncaptured
 
 
 class FileTargetCatalog(TargetCatalog):
     """`targets/*.yaml`, read and checked against `source.yaml` once."""
 
-    def __init__(self, configs: Mapping[str, TargetConfig]) -> None:
+    def __init__(
+        self, configs: Mapping[str, TargetConfig], tables: Callable[[], Mapping[str, SourceTable]] = dict
+    ) -> None:
         self._configs = configs
+        self._tables = cache(tables)
 
     @classmethod
-    def load(cls, folder: Path | None = None) -> "FileTargetCatalog":
-        """Read *folder*, by default the configured one; raises ConfigError."""
+    def load(
+        cls, folder: Path | None = None, look: Callable[[SourceConfig], Mapping[str, SourceTable]] | None = None
+    ) -> "FileTargetCatalog":
+        """Read *folder*, by default the configured one; raises ConfigError. *look* finds the source's tables."""
         folder = config_folder() if folder is None else folder
         configs = load_targets(folder)
-        check_routes(load_source(folder), configs)
-        return cls(configs)
+        source = load_source(folder)
+        check_routes(source, configs)
+        return cls(configs, (lambda: look(source)) if look else dict)
+
+    def problems(self) -> Sequence[str]:
+        return uncaptured(self._tables())
 
     def configs(self) -> Mapping[str, TargetConfig]:
         return self._configs
@@ -43,4 +55,7 @@ class FileTargetCatalog(TargetCatalog):
             routes = compile_routes(config, load_transforms(config))
         except ConfigError as error:
             raise TargetMisconfigured(str(error)) from None
+        if problems := missing_columns(config, self._tables()):
+            # The mapping's fault, not the records': none may be buried for it.
+            raise TargetMisconfigured("; ".join(problems))
         return Destination(policy=policy_of(config), routes=routes, connect=lambda: HttpTargetClient(where))

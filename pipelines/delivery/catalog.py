@@ -37,6 +37,10 @@ class TargetCatalog(ABC):
     def destination(self, target: str) -> Destination:
         """Resolve *target*'s secrets and compile its routes; raises TargetMisconfigured."""
 
+    def problems(self) -> Sequence[str]:
+        """Return what is wrong with the source and so concerns every target: sentences that fail a run."""
+        return ()
+
     def owed(self, ledger: Ledger) -> Sequence[Owed]:
         """Ask *ledger* what each active target is owed, and make it known there if it is new."""
         active = {name: config for name, config in self.configs().items() if config.status == "active"}

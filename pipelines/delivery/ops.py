@@ -123,7 +123,7 @@ def conclude_delivery(
     ledger: dg.ResourceParam[Ledger],
     targets: dg.ResourceParam[TargetCatalog],
 ) -> None:
-    """Print one line per target; fail once if a critical target is not caught up or a record was dead-lettered."""
+    """Print one line per target; fail once if a critical target is not caught up or a record is dead."""
     conclusion = conclude(
         reports,
         configs=targets.configs(),
@@ -135,8 +135,9 @@ def conclude_delivery(
         print(line, flush=True)  # on stdout: what `dagster job execute` shows in CI
     for warning in conclusion.warnings:
         context.log.warning(warning)
-    if conclusion.failures:
-        raise dg.Failure("; ".join(conclusion.failures), allow_retries=False)
+    failures = [*conclusion.failures, *targets.problems()]
+    if failures:
+        raise dg.Failure("; ".join(failures), allow_retries=False)
 
 
 @contextmanager

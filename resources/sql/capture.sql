@@ -110,3 +110,16 @@ where l.relation = any (%(relations)s::oid[]) and l.granted and l.pid <> pg_back
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
 order by a.xact_start
 limit 3
+
+-- name: look_at_tables
+-- Only those that are there; a stream may also be fed by hand, without a table.
+select w.stream,
+       exists (
+           select from pg_trigger g where g.tgrelid = c.oid and g.tgname = '!distributary' and g.tgenabled <> 'D'
+       ) as captured,
+       array(
+           select a.attname::text from pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+       ) as columns
+from unnest(%(streams)s::text[], %(schemas)s::text[], %(tables)s::text[]) as w (stream, schema, name)
+join pg_namespace n on n.nspname = w.schema
+join pg_class c on c.relnamespace = n.oid and c.relname = w.name
