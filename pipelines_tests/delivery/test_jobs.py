@@ -160,6 +160,20 @@ def test_an_unknown_target_fails_the_run_before_anything_is_sent():
     assert catalog.client("crm").sent == []
 
 
+def test_a_problem_of_the_source_fails_the_run_and_holds_nobody_up():
+    class Uncaptured(FakeTargetCatalog):
+        def problems(self):
+            return ["source.yaml: tables.people: its changes are not captured"]
+
+    ledger = FakeLedger(changes=changes("2026-03-01"))
+    catalog = Uncaptured([target_config("crm")])
+
+    result = run(ledger, catalog)
+
+    assert why(result) == ["source.yaml: tables.people: its changes are not captured"]
+    assert ledger.conservation("crm").pending == 0
+
+
 def test_a_target_that_another_run_is_at_is_left_to_it(capsys):
     ledger = FakeLedger(targets={"crm": "beginning"}, changes=changes("2026-03-01"))
     catalog = FakeTargetCatalog([target_config("crm"), target_config("email")])
