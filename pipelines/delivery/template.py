@@ -283,6 +283,8 @@ def _text_parts(template: str, place: Place, context: _Context) -> Iterator["byt
             )
             raise TemplateError(problem, place=place)
         else:
+            if template.startswith("{", found.end()):
+                raise TemplateError(f"'{template}': a '${{' is never closed; write ${{name}}", place=place)
             raise TemplateError(f"'{template}': a dollar sign stands alone; write $$ for the character", place=place)
     yield constant(template[done:])
 

@@ -134,7 +134,7 @@ def test_a_payload_that_is_no_row_makes_the_record_unrenderable(payload: str):
         ({"to": {"email": ["$ok", "$first name"]}}, "record.to.email[1]", r"'\$first name': .* write \$\{first\}"),
         ({"price": "costs $5"}, "record.price", r"write \$\$ for the character"),
         ("$", "record", r"write \$\$ for the character"),
-        ("${open", "record", "a dollar sign stands alone"),
+        ("${open", "record", "is never closed; write"),
         ("${}", "record", "'' is not a column's name"),
         ("${address.city}", "record", r"'address\.city' is not a column's name"),
         ("${ name }", "record", "' name ' is not a column's name"),
