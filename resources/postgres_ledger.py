@@ -237,6 +237,9 @@ class PostgresTargetLedger(TargetLedger):
             attempts=[record.attempts for record in dead],
         )
 
+    def check(self) -> None:
+        self._execute("still_connected")
+
     def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
         self._execute("hold", status=status, reason=_storable(reason), failed_runs=failed_runs, retry_at=retry_at)
 

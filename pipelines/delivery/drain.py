@@ -6,6 +6,7 @@ window slides: new batches are claimed while earlier ones are still out, so no l
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -24,6 +25,8 @@ from pipelines.delivery.target import TargetClient
 
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
+_LONGEST_DEAF = 0.2
+_HEARTBEAT = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +166,7 @@ class _Loop:
         self._outstanding_records = 0
         self._outstanding_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
+        self._touched_at = now
         self._learned: dict[tuple[str, str], int] = {}
         self._recorder = Recorder()
 
@@ -172,10 +176,17 @@ class _Loop:
             self._deliver_pending()
         except BaseException:
             self._gate.stop("the drain failed")
-            raise
-        finally:
             self._close_lanes()
+            self._settle_what_came_late()
+            raise
+        self._close_lanes()
         return self._conclude()
+
+    def _settle_what_came_late(self) -> None:
+        """Write down what lanes were still told while the drain was ending: what is known must not be sent again."""
+        while not self._results.empty():
+            with suppress(Exception):  # the drain's own failure is the one to raise
+                self._settle_some()
 
     def _send_leftovers(self) -> None:
         """Send what an earlier drain claimed, as written, and wait for it: nothing new may overtake it."""
@@ -207,7 +218,22 @@ class _Loop:
                 caught_up_at = now if caught_up_at is None else caught_up_at
                 if now - caught_up_at >= self._limits.linger_seconds:
                     return
-                self._stop.wait(self._limits.poll_seconds)
+                self._linger(self._limits.poll_seconds)
+
+    def _linger(self, seconds: float) -> None:
+        """Wait, but not on the stop event: a signal's handler sets it, maybe while this thread would hold its lock."""
+        until = self._clock.monotonic() + seconds
+        while not self._stop.is_set() and (left := until - self._clock.monotonic()) > 0:
+            with suppress(Empty):
+                self._results.put(self._results.get(timeout=min(left, _LONGEST_DEAF)))
+                return  # a lane broke: `_settle_some` sees to it
+
+    def _keep_lock(self) -> None:
+        """Notice while lanes wait and retry that the lock was lost with its connection: another may drain now."""
+        now = self._clock.monotonic()
+        if now - self._touched_at >= _HEARTBEAT:
+            self._touched_at = now
+            self._ledger.check()
 
     def _should_read(self) -> bool:
         """Read on while there is known to be more and room for it; else now and then, and whenever idle."""
@@ -293,11 +319,16 @@ class _Loop:
                 results.append(self._results.get_nowait())
         except Empty:
             pass
+        if not results:
+            self._keep_lock()
         settlements: list[Settlement] = []
         broken: BaseException | None = None
         for result in results:
             if isinstance(result, BaseException):
                 broken = result  # after what the other lanes brought is written down
+                continue
+            if isinstance(result, Settlement):
+                settlements.append(result)  # a part of a batch that is still out
                 continue
             assert isinstance(result, tuple)
             batch, sent = result
@@ -324,6 +355,7 @@ class _Loop:
 
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
         self._ledger.settle(settlements)
+        self._touched_at = self._clock.monotonic()
         now = self._clock.now()
         for settlement in settlements:
             self._recorder.count("accepted", settlement.accepted)
@@ -343,6 +375,7 @@ class _Loop:
             rules=self._policy.rules,
             retry=self._policy.retry,
             clock=self._clock,
+            report=self._results.put,
         )
         return sender, client
 

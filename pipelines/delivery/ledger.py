@@ -170,6 +170,10 @@ class TargetLedger(ABC):
         """Write outcomes down, in one transaction; raises LedgerConflict."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise if the connection, and with it the lock, is lost: then another drain may be at work."""
+
+    @abstractmethod
     def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
         """Open the breaker: do not try the target before *retry_at* (None: until a person launches a run)."""
 

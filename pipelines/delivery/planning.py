@@ -107,7 +107,7 @@ def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> Leftove
     """
     filtered: list[ChangeRecord] = []
     dead: list[DeadRecord] = []
-    rendered: list[tuple[RouteOperation, ChangeRecord, bytes]] = []
+    rendered: list[_Rendered] = []
     route = routes.get(leftover.stream)
     written = route.operations.get(leftover.operation) if route else None
     for change in leftover.changes:
@@ -124,7 +124,7 @@ def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> Leftove
             filtered.append(change)
         else:
             rendered.append((operation, change, fragment))
-    pieces = [rendered] if written else [[one] for one in rendered]
+    pieces = _pieces_of(rendered, written)
     batches = [
         Batch(
             lane=leftover.lane,
@@ -137,6 +137,30 @@ def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> Leftove
         if route and piece
     ]
     return LeftoverPlan(batches=batches, filtered=filtered, dead=dead)
+
+
+_Rendered = tuple[RouteOperation, ChangeRecord, bytes]
+
+
+def _pieces_of(rendered: Sequence[_Rendered], written: RouteOperation | None) -> list[list[_Rendered]]:
+    """Cut a claim into requests: one, unless its operation is another now or cannot take a key twice.
+
+    The latter is so if the route has been given `results` since. They are no part of the fingerprint, but the pieces
+    have other members, and so keys of their own.
+    """
+    if written is None:
+        return [[one] for one in rendered]
+    if written.results is None:
+        return [list(rendered)]
+    pieces: list[list[_Rendered]] = [[]]
+    keys: set[str] = set()
+    for one in rendered:
+        if one[1].key in keys:
+            pieces.append([])
+            keys.clear()
+        keys.add(one[1].key)
+        pieces[-1].append(one)
+    return pieces
 
 
 def _coalesce(

@@ -90,6 +90,14 @@ class _Tally:
     error: str | None = None
     too_large: int | None = None
 
+    def hand_over(self, batch_id: int) -> Settlement:
+        """Return what is known so far, and forget it here."""
+        known = Settlement(
+            batch_id=batch_id, accepted=self.accepted, dead=self.dead, filtered=self.filtered, finished=False
+        )
+        self.accepted, self.dead, self.filtered = [], [], []
+        return known
+
 
 class _GaveUp(Exception):
     """The run halts, or the budget for this request is spent."""
@@ -108,6 +116,7 @@ class Sender:
         rules: JudgingRules,
         retry: RetryPolicy,
         clock: Clock,
+        report: Callable[[Settlement], None] = lambda _: None,
     ) -> None:
         self._log_id = log_id
         self._target = target
@@ -116,9 +125,14 @@ class Sender:
         self._rules = rules
         self._retry = retry
         self._clock = clock
+        self._report = report
 
     def send(self, batch_id: int, batch: Batch) -> Sent:
-        """Deliver *batch*, in order, as far as the target and the run allow."""
+        """Deliver *batch*, in order, as far as the target and the run allow.
+
+        Of a batch that needs several requests, what is known is reported before the next is sent: after a crash it must
+        not go out again under another key.
+        """
         tally = _Tally()
         todo = deque([_Part(batch.operation, batch.changes, batch.fragments)])
         finished = True
@@ -126,6 +140,8 @@ class Sender:
             while todo:
                 part = todo.popleft()
                 todo.extendleft(reversed(self._deliver(part, batch.route, tally)))
+                if todo and (tally.accepted or tally.dead or tally.filtered):
+                    self._report(tally.hand_over(batch_id))
         except _GaveUp:
             finished = False
         settlement = Settlement(

@@ -812,6 +812,52 @@ def test_what_the_other_lanes_brought_is_settled_before_an_exception_surfaces() 
     assert {of_a[0], of_a[1]} <= ledger.settled["api"]
 
 
+def test_what_lanes_are_told_while_the_drain_ends_is_settled_too() -> None:
+    """One lane breaks while another waits for its answer, which comes: it is known, and must not be asked for again."""
+    ledger = a_ledger(40, clock=SystemClock())
+    crashed = threading.Event()
+
+    def script(request: SentRequest) -> Step:
+        if request.lane == "lane-1":
+            crashed.set()
+            return Crash()
+        crashed.wait(10)
+        time.sleep(0.2)
+        return 200
+
+    target = ScriptedTarget(script)
+    with pytest.raises(Crash):
+        run(ledger, target, routes=SINGLY, max_in_flight=2)
+
+    answered = {one for request in target.sent if request.lane != "lane-1" for one in members(request)}
+    assert answered
+    assert answered <= ledger.settled["api"]
+
+
+def test_a_drain_whose_lanes_only_retry_notices_that_its_lock_is_lost() -> None:
+    """Its connection was cut, so another drain may be at work: what this one sends could undo what that one sent."""
+    clock = SystemClock()
+    ledger = a_ledger(4, clock=clock)
+    started = clock.monotonic()
+
+    def script(request: SentRequest) -> Step:
+        if request.number == 0:
+            ledger.break_lock("api")
+        return 503
+
+    patient = RetryPolicy(initial_backoff=0.05, max_backoff=0.05, max_elapsed=60.0)
+    with pytest.raises(FakeLockLost):
+        run(
+            ledger,
+            ScriptedTarget(script),
+            retry=patient,
+            failure_threshold=10_000,
+            limits=DrainLimits(window_records=3),
+        )
+
+    assert clock.monotonic() - started < 30  # not only once the budget of a minute was spent
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from pipelines.delivery.clock import Clock
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.ops import DeliveryPlan, PlanConfig, conclude_delivery, deliver_to_target, plan_deliveries
 from pipelines.delivery.report import DrainReport
@@ -19,6 +20,7 @@ from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest
+from resources.system_clock import SystemClock
 
 ONE_BY_ONE = {"people": {"upsert": {"path": "/records"}}}
 
@@ -32,7 +34,7 @@ def plan(ledger: FakeLedger, catalog: FakeTargetCatalog, **config: Any) -> tuple
 
 
 def deliver(
-    ledger: FakeLedger, catalog: FakeTargetCatalog, *, clock: FakeClock | None = None, **limits: Any
+    ledger: FakeLedger, catalog: FakeTargetCatalog, *, clock: Clock | None = None, **limits: Any
 ) -> DrainReport:
     share = replace(DeliveryPlan(target="crm", linger_seconds=0.0, poll_seconds=0.01, max_seconds=3600.0), **limits)
     with dg.build_op_context() as context:
@@ -204,6 +206,27 @@ class TestDeliverToTarget:
         usual = (*before, signal.SIG_DFL, signal.default_int_handler)
         assert signal.getsignal(signal.SIGINT) in usual
         assert signal.getsignal(signal.SIGTERM) in usual
+
+    def test_a_signal_at_any_moment_of_lingering_is_heard(self, monkeypatch):
+        """The handler sets the stop event. Were this thread to wait on it, it might hold the lock that set() needs."""
+        waited: list[float | None] = []
+        wait = threading.Event.wait
+
+        def spy(self, timeout=None):
+            if threading.current_thread() is threading.main_thread():
+                waited.append(timeout)
+            return wait(self, timeout)
+
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        monkeypatch.setattr(threading.Event, "wait", spy)
+        ledger = FakeLedger(targets={"crm": "beginning"})
+        catalog = FakeTargetCatalog([target_config("crm")])
+
+        report = deliver(ledger, catalog, clock=SystemClock(), linger_seconds=60.0, poll_seconds=0.05)
+
+        assert report.end == "stopped"
+        assert waited == []
 
     def test_it_works_where_signals_cannot_be_caught(self):
         """In a thread other than the main one, as some executors run steps."""

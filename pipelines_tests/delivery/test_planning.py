@@ -414,6 +414,17 @@ def test_a_leftover_whose_operation_is_gone_goes_by_the_one_that_serves_it_now()
     assert again(plan) == [("insert", 2, [1]), ("update", 2, [2]), ("insert", 2, [3])]
 
 
+def test_a_leftover_that_holds_a_key_twice_is_cut_there_once_its_items_are_judged_one_by_one() -> None:
+    """Two answers for one key cannot be told apart: the whole batch would be undecided in each run, for ever."""
+    changes = [change(1, "a"), change(2, "b"), change(3, "a"), change(4, "a"), change(5, "b")]
+    left = Leftover(batch_id=1, lane=0, stream="customers", operation="upsert", changes=changes)
+    by_id = {"items": "$.results", "id": "id", "status": "status"}
+
+    plan = plan_leftover(left, routes=routes_of(customers={"mode": "event", "upsert": {**UPSERT, "results": by_id}}))
+
+    assert [ids(batch.changes) for batch in plan.batches] == [[1, 2], [3], [4, 5]]
+
+
 def test_a_leftover_delete_that_is_no_longer_wanted_is_filtered() -> None:
     plan = plan_leftover(left([change(1, operation="delete")], operation="delete"), routes=UPSERTS)
 

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.judging import JudgingRules
+from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.planning import Batch
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
 from pipelines_tests.fakes.clock import FakeClock
@@ -45,6 +46,7 @@ class Lane:
     failure_threshold: int = 1000
     unwell: bool = False
     clock: FakeClock = field(default_factory=FakeClock)
+    reported: list[Settlement] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate = TargetGate(
@@ -72,8 +74,17 @@ class Lane:
             rules=JudgingRules(),
             retry=self.retry,
             clock=self.clock,
+            report=self.reported.append,
         )
-        return sender.send(7, batch)
+        sent = sender.send(7, batch)
+        told = [*self.reported, sent.settlement]
+        whole = replace(
+            sent.settlement,
+            accepted=[one for part in told for one in part.accepted],
+            dead=[one for part in told for one in part.dead],
+            filtered=[one for part in told for one in part.filtered],
+        )
+        return replace(sent, settlement=whole)
 
     @property
     def halt(self) -> Halt:
@@ -302,6 +313,22 @@ def test_halving_finds_exactly_the_bad_records_in_order(count: int, data: st.Dat
     assert ids(sent.settlement.accepted) == [i for i in range(1, count + 1) if i not in bad]
     fates = [members(r) for r in lane.target.sent if not set(members(r)) & bad or len(members(r)) == 1]
     assert [one for taken in fates for one in taken] == list(range(1, count + 1))
+
+
+def test_a_half_that_was_accepted_is_reported_before_the_next_is_sent() -> None:
+    """After a crash in between it must not go out again within the whole, under the whole's key."""
+    known_at: dict[int, list[int]] = {}
+
+    def script(request: SentRequest) -> Step:
+        known_at[members(request)[0]] = [one.change_id for part in lane.reported for one in part.accepted]
+        return 413 if len(members(request)) > 2 else 200
+
+    lane = Lane(ScriptedTarget(script))
+
+    lane.send(rows(4))
+
+    assert known_at == {1: [], 3: [1, 2]}
+    assert not lane.reported[0].finished
 
 
 def test_the_keys_of_the_halves_are_the_same_after_a_crash() -> None:

@@ -470,6 +470,9 @@ class FakeTargetLedger(TargetLedger):
         row.dead += len(dead)
         self._ledger._dead_letters += [(row.name, record) for record in dead]
 
+    def check(self) -> None:
+        _ = self._row
+
     def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
         row = self._row
         row.status, row.reason, row.failed_runs, row.retry_at = status, reason, failed_runs, retry_at

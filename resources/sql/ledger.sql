@@ -32,6 +32,9 @@ select pg_advisory_unlock(1684632436, target_id) from distributary.target_state 
 select set_config(name, 'off', false)
 from unnest(array['enable_seqscan', 'enable_bitmapscan', 'jit']) as name
 
+-- name: still_connected
+select %(target)s::text
+
 -- name: state
 select i.log_id, s.status, s.reason, s.failed_runs, s.retry_at
 from distributary.target_state s, distributary.log_identity i
