@@ -1,14 +1,15 @@
 """Target APIs over HTTP: one `httpx.Client` for each lane, behind the port of `pipelines.delivery.target`."""
 
 import base64
+import json
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from uuid import UUID
 
 import httpx
@@ -71,10 +72,20 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
         base_url=str(config.base_url).rstrip("/"),
         headers=headers,
         query=query,
-        secrets=tuple(s.encode() for s in secrets if len(s) >= _SHORTEST_SECRET),
+        secrets=_spellings(secrets),
         timeout_seconds=config.timeout_seconds,
         max_response_bytes=config.max_response_bytes,
     )
+
+
+def _spellings(secrets: Iterable[str]) -> tuple[bytes, ...]:
+    """Return *secrets* as a target may echo them: as they are, percent-encoded, in JSON with slashes escaped or not."""
+    found: set[str] = set()
+    for secret in secrets:
+        if len(secret) >= _SHORTEST_SECRET:
+            as_json = json.dumps(secret)[1:-1]
+            found |= {secret, quote(secret, safe=""), as_json, as_json.replace("/", "\\/")}
+    return tuple(sorted((one.encode() for one in found), key=len, reverse=True))
 
 
 @cache

@@ -1,10 +1,10 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -31,6 +31,7 @@ from resources.migrate import check_sequence
 from resources.sql import statements
 
 _LONGEST_TEXT = 2000
+_ROWS_AT_ONCE = 100
 
 
 class SchemaMissing(DatabaseProblem):
@@ -144,9 +145,21 @@ class PostgresTargetLedger(TargetLedger):
         if max_records < 1 or max_bytes < 1:
             # Reading nothing would look as if nothing were pending, and the gaps would close over what is.
             raise ValueError("a window has room for at least one record and one byte")
-        rows = self._execute("pending", max_records=max_records, max_bytes=max_bytes).fetchall()
-        fenced, decided, seen = rows[0][:3]
-        records = [ChangeRecord._make(row[3:]) for row in rows] if seen else []
+        records: list[ChangeRecord] = []
+        head: tuple[Any, ...] = (False, None, None)
+        weight = 0
+        parameters = {"target": self._target, "max_records": max_records, "max_bytes": max_bytes}
+        cursor = self._connection.cursor()
+        # A hundred rows at a time, for the statement bounds them as they are stored: compressed, they may be tiny.
+        rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=_ROWS_AT_ONCE)
+        with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:  # what is left of them is not read
+            for row in rows:
+                head = row[:3]
+                if head[2] is None or weight >= max_bytes:
+                    break
+                records.append(ChangeRecord._make(row[3:]))
+                weight += len(records[-1].payload)
+        fenced, decided, seen = head
         complete = seen is None or len(records) == seen < max_records
         if complete and not fenced:
             self._set_fence(read=[record.change_id for record in records])

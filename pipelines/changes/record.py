@@ -18,3 +18,8 @@ class ChangeRecord(NamedTuple):
     changed_at: datetime
     replays: int | None = None
     """The change that this one sends again, under the original's idempotency key."""
+
+
+def original_id(change: ChangeRecord) -> int:
+    """Return what a target knows the change by: a replay has its original's key, so it must have its id in its body."""
+    return change.change_id if change.replays is None else change.replays

@@ -565,7 +565,7 @@ class TargetConfig(Section):
     retry: Retry = Retry()
     circuit_breaker: CircuitBreaker = CircuitBreaker()
     dead_letter_guard: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Which part of a run's first records must be refused for the run to stop and the target to pause; 1 is never."""
+    """Which part of a run's last records must be refused for the run to stop and the target to pause; 1 is never."""
     probe_interval: Seconds = 300.0
     """Seconds between the real requests that try whether a paused target is well again."""
     max_response_bytes: Annotated[int, Field(ge=1)] = 1_000_000

@@ -4,6 +4,7 @@ What concerns the target as a whole (its rate limit, a `Retry-After`, the breake
 lane at once. A *halt* ends the run's sending: what is in flight is finished, nothing new goes out.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from threading import Condition
 from typing import Literal
@@ -54,6 +55,7 @@ class TargetGate:
         self._changed = Condition()
         self._hold_until: float | None = None
         self._halt: Halt | None = None
+        self._fates: deque[tuple[int, int]] = deque()  # of the last records: accepted and dead, answer by answer
         self._judged = 0
         self._dead = 0
         self._rendered = 0
@@ -151,15 +153,20 @@ class TargetGate:
             return 0.0 if self._hold_until is None else max(0.0, self._hold_until - self._clock.monotonic())
 
     def judge_records(self, *, accepted: int, dead: int) -> None:
-        """Count outcomes for the dead-letter guard; halt if too many of the run's first records were refused.
+        """Count outcomes for the dead-letter guard; halt if too many of the run's last 200 records or so were refused.
 
-        One wrong mapping refuses every record. Past the first records the guard sleeps: then single bad ones are meant.
+        One wrong mapping refuses every record, and a target can change its mind while a drain lingers.
         """
         with self._changed:
-            if self._judged >= _GUARD_SAMPLE:
+            if not accepted + dead:
                 return
+            self._fates.append((accepted, dead))
             self._judged += accepted + dead
             self._dead += dead
+            while self._judged - sum(self._fates[0]) >= _GUARD_SAMPLE:
+                taken, refused = self._fates.popleft()
+                self._judged -= taken + refused
+                self._dead -= refused
             self._guard_against(self._dead, self._judged, "were refused: the mapping is wrong, or the target is")
 
     def judge_rendering(self, *, rendered: int, unrenderable: int) -> None:
@@ -177,7 +184,7 @@ class TargetGate:
 
     def _guard_against(self, bad: int, total: int, what: str) -> None:
         if bad >= _GUARD_LEAST_DEAD and bad > self._guard * total:
-            reason = f"{bad} of the first {total} records {what}. Mend the route, then launch delivery_job."
+            reason = f"{bad} of {total} records {what}. Mend the route, then launch delivery_job."
             self._set_halt(Halt(cause="mapping", reason=reason))
 
     def pause(self, pause: Pause, permit: Permit) -> None:

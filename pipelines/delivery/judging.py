@@ -17,8 +17,10 @@ from pipelines.delivery.routing import ResultsRules, RouteOperation
 from pipelines.delivery.target import Answer, NoAnswer
 
 _EXCERPT_CHARACTERS = 500
-_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
-_CREDENTIALS = frozenset({401, 403, 407})
+# 420, 423 and 430 are how some APIs say 429 or "locked"; 421 is another server's request (RFC 9110 §15.5.20).
+_RETRYABLE = frozenset({408, 420, 421, 423, 425, 429, 430, 500, 502, 503, 504})
+# 419, 440 and 498: sessions and tokens that have ended, unofficially.
+_CREDENTIALS = frozenset({401, 403, 407, 419, 440, 498})
 # Nothing that a record holds can bring these about: method, URL, representation or contract are wrong.
 _CONFIGURATION = frozenset({402, 405, 406, 411, 415, 426, 428, 505})
 
@@ -124,11 +126,16 @@ def _read_success(
         if answer.truncated:
             raise ValueError("it was cut at max_response_bytes")
         listed = results.find(msgspec.json.decode(answer.body))
-        return _ItemReader(operation, results, changes, rules).read(listed)
+        items = _ItemReader(operation, results, changes, rules).read(listed)
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         # The request was taken, but how it went for each record is not known: the same key may ask again.
         reason = f"answered {answer.status}, but its results cannot be read: {error}"
         return TargetFault(reason=reason, status=answer.status, outcome_unknown=True)
+    if len(items.rejected) == len(changes) and {one.status for one in items.rejected.values()} <= _CREDENTIALS:
+        status = next(iter(items.rejected.values())).status
+        reason = f"answered {status} for every record of the batch: credentials refused"
+        return Pause(cause="credentials", reason=reason, status=status)
+    return items
 
 
 class _ItemReader:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.changes.record import ChangeRecord, Operation, original_id
 from pipelines.delivery.config import (
     Format,
     JsonPath,
@@ -410,7 +410,7 @@ def _transformed(transform: Transform, record_format: Format) -> RenderRecord:
         except msgspec.DecodeError as error:
             raise RecordUnrenderable(f"the change's payload cannot be read: {error}") from None
         asked = {
-            "change_id": change.change_id,
+            "change_id": original_id(change),
             "stream": change.stream,
             "key": change.key,
             "operation": change.operation,

@@ -16,7 +16,7 @@ from urllib.parse import quote, quote_plus
 import msgspec
 from msgspec import Raw
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, original_id
 
 Place = tuple[str | int, ...]
 """Where in a file something stands: keys and list positions."""
@@ -144,7 +144,7 @@ def changed_at_text(change: ChangeRecord) -> str:
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
 _OWN_TEXT: dict[str, Callable[[ChangeRecord], str]] = {
-    "_change_id": lambda change: str(change.change_id),
+    "_change_id": lambda change: str(original_id(change)),
     "_key": lambda change: change.key,
     "_stream": lambda change: change.stream,
     "_operation": lambda change: change.operation,
@@ -152,7 +152,7 @@ _OWN_TEXT: dict[str, Callable[[ChangeRecord], str]] = {
     "_row": lambda change: _compact(change.payload),
 }
 _OWN_JSON: dict[str, Callable[[ChangeRecord], bytes]] = {
-    "_change_id": lambda change: b"%d" % change.change_id,
+    "_change_id": lambda change: b"%d" % original_id(change),
     "_key": lambda change: _encode(change.key),
     "_stream": lambda change: _encode(change.stream),
     "_operation": lambda change: _encode(change.operation),

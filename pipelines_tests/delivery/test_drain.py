@@ -368,7 +368,7 @@ def test_a_mapping_that_no_row_fits_buries_nothing() -> None:
     report = run(ledger, target, routes=routes)
 
     assert report.end == "paused"
-    assert "100 of the first 100 records cannot be rendered" in (report.reason or "")
+    assert "100 of 100 records cannot be rendered" in (report.reason or "")
     assert target.sent == []
     assert_conserved(ledger, dead=0, pending=100, claimed=0)
 

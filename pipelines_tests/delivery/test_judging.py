@@ -148,7 +148,20 @@ def test_a_collection_that_is_gone_is_gone(operation: RouteOperation) -> None:
     assert verdict.cause == "gone"
 
 
-@pytest.mark.parametrize("status", [400, 409, 413, 422, 412, 414, 418, 423, 431, 451])
+@pytest.mark.parametrize("status", [420, 421, 423, 430])
+def test_a_target_that_is_busy_in_its_own_words_is_busy(status: int) -> None:
+    assert isinstance(judged(status, UPSERT_MANY, THREE), TargetFault)
+
+
+@pytest.mark.parametrize("status", [419, 440, 498])
+def test_a_session_that_ended_is_the_credentials_fault(status: int) -> None:
+    verdict = judged(status, UPSERT_MANY, THREE)
+
+    assert isinstance(verdict, Pause)
+    assert verdict.cause == "credentials"
+
+
+@pytest.mark.parametrize("status", [400, 409, 413, 422, 412, 414, 418, 431, 451])
 def test_one_record_that_is_refused_is_refused_for_its_own_sake(status: int) -> None:
     verdict = judged(answer(status, b'{"error": "bad e-mail"}'), UPSERT_MANY, ONE)
 
@@ -430,3 +443,17 @@ def test_a_reason_quotes_the_answer_but_not_all_of_it() -> None:
     assert isinstance(verdict, TargetFault)
     assert verdict.reason.startswith("answered 503 (down for repair")
     assert len(verdict.reason) < 300
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_credentials_that_every_item_was_refused_for_are_no_records_fault(status: int) -> None:
+    verdict = told({"results": [{"status": status}] * 3}, BY_ORDER, status=207)
+
+    assert isinstance(verdict, Pause)
+    assert verdict.cause == "credentials"
+
+
+def test_one_item_that_may_not_be_written_is_that_records_affair() -> None:
+    found = items({"results": [{"status": 200}, {"status": 403}, {"status": 200}]}, BY_ORDER)
+
+    assert set(found.rejected) == {1}

@@ -372,3 +372,12 @@ def test_a_batchs_body_wraps_its_list():
 def test_a_batchs_body_without_one_list_is_refused(body: Any, problem: str):
     with pytest.raises(TemplateError, match=problem):
         compile_batch(body, stream="customers")
+
+
+def test_a_replay_says_that_it_is_its_original() -> None:
+    """It goes out under the original's key, and one key must not have two bodies."""
+    original = ChangeRecord(7, "customers", "a", "update", b'{"id": 1}', datetime(2025, 1, 1, tzinfo=UTC))
+    replay = original._replace(change_id=99, replays=7)
+    template = compile_json({"seq": "$_change_id", "text": "no ${_change_id}"})
+
+    assert template.render(replay) == template.render(original) == b'{"seq":7,"text":"no 7"}'

@@ -185,6 +185,16 @@ def test_secrets_are_not_in_the_endpoints_repr() -> None:
     assert "pa&ss" not in shown
 
 
+@pytest.mark.parametrize("echo", [b"pa&ss=w/rd", b"pa&ss=w\\/rd", b"pa%26ss%3Dw%2Frd"], ids=["plain", "JSON", "URL"])
+def test_a_secret_is_known_however_the_target_spells_it(api: HttpApi, echo: bytes) -> None:
+    """PHP's JSON escapes slashes, and a logged URL is percent-encoded."""
+    api.script(Reply(status=400, body=b"no: " + echo))
+
+    answer = answered(api.url, auth={"type": "basic", "username": "me", "password": {"env": "PASSWORD"}})
+
+    assert answer.body == b"no: [redacted]"
+
+
 def test_a_target_that_echoes_a_secret_does_not_get_it_into_the_answer(api: HttpApi) -> None:
     api.script(
         Reply(status=401, body=b"no such token: s3cr3t-token!", headers={"WWW-Authenticate": "Bearer s3cr3t-token"})

@@ -374,6 +374,24 @@ def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, 
         assert ids(read(crm, max_records=1000).records) == list(range(1, 1 + 1000 * step, step))
 
 
+def test_payloads_that_compress_well_are_weighed_as_they_are_held(subject: PostgresSubject) -> None:
+    """As stored, all of these together are smaller than the bound; as text, each is a tenth of it."""
+    subject.ledger.register({"crm": "beginning"})
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        connection.execute(
+            "insert into distributary.change_log (stream, key, operation, payload)"
+            " select 'customers', i::text, 'insert', jsonb_build_object('note', repeat('e', 100000))"
+            " from generate_series(1, 400) i"
+        )
+
+    with subject.open("crm") as crm:
+        window = crm.pending(max_records=1000, max_bytes=1_000_000)
+
+    assert len(window.records) == 10
+    assert not window.complete
+    assert window.decided_up_to is None
+
+
 def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> None:
     fill(subject, rows=20_000)
     make_gaps(subject, gaps=10_000)

@@ -52,7 +52,7 @@ order by b.batch_id, member.position
 
 -- name: pending
 -- One statement, so one snapshot: the rows and the oldest open transaction are seen at the same instant, which is what
--- makes 'decided' true. The first column tells a row from none. `before` bounds memory by bytes as they are stored.
+-- makes 'decided' true. `seen` is null if there are none. `before` bounds the window by bytes as they are stored.
 with state as materialized (
     select settled + claimed as taken,
            -- A fence in the future was taken in another cluster, before a dump and a restore: it is none.
@@ -61,29 +61,33 @@ with state as materialized (
     from distributary.target_state
     where target = %(target)s
 )
-select state.fenced, state.decided, c.seen,
-       c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
-from state
-left join lateral (
-    select w.*, count(*) over () as seen,
-           sum(pg_column_size(w.payload)) over (order by w.change_id) - pg_column_size(w.payload) as before
-    from (
-        select g.*
-        from unnest(int8multirange(int8range(0, null)) - state.taken) as gap
-        cross join lateral (
-            select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
-            from distributary.change_log l
-            where l.change_id >= lower(gap)
-              and l.change_id < coalesce(upper(gap), 9223372036854775807)
-              and (l.target is null or l.target = %(target)s)
-            order by l.change_id
+select r.fenced, r.decided, r.seen,
+       r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays
+from (
+    select state.fenced, state.decided, c.*
+    from state
+    left join lateral (
+        select w.*, count(*) over () as seen,
+               sum(pg_column_size(w.payload)) over (order by w.change_id) - pg_column_size(w.payload) as before
+        from (
+            select g.*
+            from unnest(int8multirange(int8range(0, null)) - state.taken) as gap
+            cross join lateral (
+                select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
+                from distributary.change_log l
+                where l.change_id >= lower(gap)
+                  and l.change_id < coalesce(upper(gap), 9223372036854775807)
+                  and (l.target is null or l.target = %(target)s)
+                order by l.change_id
+                limit %(max_records)s
+            ) g
+            order by g.change_id
             limit %(max_records)s
-        ) g
-        order by g.change_id
-        limit %(max_records)s
-    ) w
-) c on c.before < %(max_bytes)s
-order by c.change_id
+        ) w
+    ) c on c.before < %(max_bytes)s
+    order by c.change_id
+    offset 0  -- a fence: payloads are made into text row by row as they are fetched, not all of them to be sorted
+) r
 
 -- name: last_change_id
 -- The last id that was drawn, by whomever, seen or not; null if none was.
