@@ -14,7 +14,7 @@ from uuid import UUID
 
 import httpx
 
-from pipelines.delivery.config import ApiKeyAuth, BasicAuth, BearerAuth, TargetConfig
+from pipelines.delivery.config import ApiKeyAuth, BasicAuth, BearerAuth, Secret, TargetConfig
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
 
@@ -42,10 +42,10 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
     query = ""
     secrets: list[str] = []
 
-    def resolve(value: object) -> str:
+    def resolve(value: str | Secret) -> str:
         if isinstance(value, str):
             return value
-        found = secret(value.env)  # type: ignore[attr-defined]
+        found = secret(value.env)
         secrets.append(found)
         return found
 

@@ -61,8 +61,8 @@ def plan_window(
     """Coalesce, filter, render and batch *pending* for *target*.
 
     In mode `state` only the last change of a key is sent and the earlier ones are superseded (but for a deletion, on a
-    route that cannot update, of a record that was made anew). A batch closes at
-    `max_records_of` its operation or at the operation's `max_bytes`.
+    route that cannot update, of a record that was made anew). A batch closes at `max_records_of` its operation or at
+    the operation's `max_bytes`.
     """
     filtered: list[ChangeRecord] = []
     superseded: list[ChangeRecord] = []
@@ -71,18 +71,9 @@ def plan_window(
     for first, change in _coalesce(pending.records, routes, filtered, superseded):
         route = routes[change.stream]
         operation = route.operation_for(first, change.operation)
-        if operation is None:
-            filtered.append(change)
-            continue
-        try:
-            fragment = operation.render_record(change)
-        except RecordUnrenderable as error:
-            dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
-            continue
-        if fragment is None:
-            filtered.append(change)
-            continue
-        batcher.add(route, operation, change, fragment)
+        fragment = _render(operation, change, filtered, dead)
+        if operation is not None and fragment is not None:
+            batcher.add(route, operation, change, fragment)
     batches = batcher.close()
     claims = [
         Claim(
@@ -100,6 +91,23 @@ def plan_window(
     return Plan(window=window, batches=batches)
 
 
+def _render(
+    operation: RouteOperation | None, change: ChangeRecord, filtered: list[ChangeRecord], dead: list[DeadRecord]
+) -> bytes | None:
+    """Return *change*'s part of a body; None if it is not to be sent, and then it is noted why."""
+    if operation is None:
+        filtered.append(change)
+        return None
+    try:
+        fragment = operation.render_record(change)
+    except RecordUnrenderable as error:
+        dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
+        return None
+    if fragment is None:
+        filtered.append(change)
+    return fragment
+
+
 def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> LeftoverPlan:
     """Render a claim again: the same members in one batch, so under the same mapping the same bytes and key.
 
@@ -112,17 +120,8 @@ def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> Leftove
     written = route.operations.get(leftover.operation) if route else None
     for change in leftover.changes:
         operation = written or (route.operation_for(change.operation, change.operation) if route else None)
-        if operation is None:
-            filtered.append(change)  # nobody wants it any more
-            continue
-        try:
-            fragment = operation.render_record(change)
-        except RecordUnrenderable as error:
-            dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
-            continue
-        if fragment is None:
-            filtered.append(change)
-        else:
+        fragment = _render(operation, change, filtered, dead)
+        if operation is not None and fragment is not None:
             rendered.append((operation, change, fragment))
     pieces = _pieces_of(rendered, written)
     batches = [
