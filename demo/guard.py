@@ -15,6 +15,10 @@ from contextlib import suppress
 def main() -> int:
     """Run the command; returns its exit code."""
     patience = float(sys.argv[1])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Ignored signals are inherited, and a shell ignores SIGINT for what it starts in the background: the command is
+        # to hear SIGTERM whoever started us, and Dagster makes of SIGTERM whatever SIGINT is.
+        signal.signal(number, signal.SIG_DFL)
     command = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_owner, args=(command.pid, patience), daemon=True).start()
     code = command.wait()

@@ -815,12 +815,14 @@ def test_what_the_other_lanes_brought_is_settled_before_an_exception_surfaces() 
 def test_what_lanes_are_told_while_the_drain_ends_is_settled_too() -> None:
     """One lane breaks while another waits for its answer, which comes: it is known, and must not be asked for again."""
     ledger = a_ledger(40, clock=SystemClock())
-    crashed = threading.Event()
+    asked, crashed = threading.Event(), threading.Event()
 
     def script(request: SentRequest) -> Step:
         if request.lane == "lane-1":
+            asked.wait(10)
             crashed.set()
             return Crash()
+        asked.set()
         crashed.wait(10)
         time.sleep(0.2)
         return 200
