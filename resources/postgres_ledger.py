@@ -1,6 +1,6 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from itertools import groupby
@@ -136,10 +136,15 @@ class PostgresTargetLedger(TargetLedger):
                 lane=lane,
                 stream=stream,
                 operation=operation,
-                changes=[ChangeRecord._make(row[4:]) for row in members],
+                set_aside=set_aside,
+                changes=[ChangeRecord._make(row[5:]) for row in members],
             )
-            for (batch_id, lane, stream, operation), members in groupby(rows, key=lambda row: row[:4])
+            for (batch_id, lane, stream, operation, set_aside), members in groupby(rows, key=lambda row: row[:5])
         ]
+
+    def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+        rows = self._execute("blocked", streams=[stream for stream, _ in keys], record_keys=[key for _, key in keys])
+        return {(stream, key): change_id for stream, key, change_id in rows}
 
     def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
         if max_records < 1 or max_bytes < 1:
@@ -214,6 +219,7 @@ class PostgresTargetLedger(TargetLedger):
                 "settle",
                 batch_ids=[s.batch_id for s in settlements],
                 finished=[s.finished for s in settlements],
+                set_aside=[s.set_aside for s in settlements],
                 accepted_each=[len(s.accepted) for s in settlements],
                 dead_each=[len(s.dead) for s in settlements],
                 attempts=[s.attempts for s in settlements],
@@ -228,6 +234,16 @@ class PostgresTargetLedger(TargetLedger):
             if written.rowcount != 1:
                 raise LedgerConflict(f"{self._target}: some of what is to be settled is not claimed.")
             self._bury(dead)
+            self._supersede([change for s in settlements if s.supersedes for change in s.accepted])
+
+    def _supersede(self, accepted: Sequence[ChangeRecord]) -> None:
+        if accepted:
+            self._execute(
+                "supersede",
+                change_ids=[change.change_id for change in accepted],
+                streams=[change.stream for change in accepted],
+                record_keys=[change.key for change in accepted],
+            )
 
     def _refuse_repeats(self, change_ids: Sequence[int]) -> None:
         if len(set(change_ids)) != len(change_ids):
@@ -248,6 +264,7 @@ class PostgresTargetLedger(TargetLedger):
             statuses=[_storable_status(record.status) for record in dead],
             responses=[record.response and _storable(record.response) for record in dead],
             attempts=[record.attempts for record in dead],
+            blocked_by=[record.blocked_by for record in dead],
         )
 
     def check(self) -> None:

@@ -63,6 +63,10 @@ class Breaker:
         if probe or (self.open_until is None and self.failures >= self.failure_threshold):
             self.open_until = now + self.error_timeout
 
+    def half_open(self, now: float) -> None:
+        """Let the next request be the probe, whatever the time."""
+        self.open_until, self.probing = now, False
+
     def withdrew(self, *, probe: bool) -> None:
         """Give the permission back unused."""
         if probe:

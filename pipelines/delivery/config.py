@@ -38,6 +38,7 @@ from pipelines.delivery.template import (
 
 Format = Literal["json", "ndjson", "form", "lines"]
 Mode = Literal["state", "event"]
+OnDead = Literal["continue", "block", "supersede"]
 
 OPERATION_KINDS: tuple[OperationKind, ...] = ("upsert", "insert", "update", "delete")
 DEFAULT_METHODS: dict[OperationKind, str] = {"upsert": "POST", "insert": "POST", "update": "PATCH", "delete": "DELETE"}
@@ -210,6 +211,11 @@ class Retry(Section):
                 f"initial_backoff ({self.initial_backoff:g}) is more than max_backoff ({self.max_backoff:g}); "
                 "lower the first or raise the second"
             )
+        if 0 < self.max_elapsed < self.initial_backoff:
+            raise refusal(
+                f"max_elapsed ({self.max_elapsed:g}) may end before the first wait (up to {self.initial_backoff:g}); "
+                "raise it, or write 0 for no second attempt within a run"
+            )
         return self
 
 
@@ -373,7 +379,9 @@ class RouteConfig(Section):
     insert: OperationConfig | None = None
     update: OperationConfig | None = None
     delete: OperationConfig | None = None
-    on_dead: Literal["continue"] = "continue"
+    on_dead: OnDead = "continue"
+    """What a dead letter means for its key. `continue`: nothing. `block`: later changes become dead letters behind it,
+    for as long as it is open. `supersede`: a newer accepted state closes it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -383,8 +391,6 @@ class RouteConfig(Section):
         for key, reason in _NOT_BUILT.items():
             if key in value:
                 raise refusal(reason, at=(key,))
-        if value.get("on_dead") in ("block", "supersede"):
-            raise refusal(f"'{value['on_dead']}' is not built yet; use continue", at=("on_dead",))
         for kind in OPERATION_KINDS:
             if kind in value and value[kind] is None:
                 raise refusal("is empty; give it at least a 'path', or remove it", at=(kind,))
@@ -441,6 +447,12 @@ class RouteConfig(Section):
         kinds = [kind for kind, _ in self.operations()]
         if not kinds:
             raise refusal("has no operation; give at least one of upsert, insert, update, delete")
+        if self.on_dead == "supersede" and self.mode == "event":
+            raise refusal(
+                "'supersede' closes a dead letter with a newer state, but in mode 'event' each change is wanted for "
+                "itself; use continue or block",
+                at=("on_dead",),
+            )
         if "upsert" in kinds and ("insert" in kinds or "update" in kinds):
             raise refusal("'upsert' already stands for insert and update; remove it or them")
         for kind, operation in self.operations():
@@ -514,6 +526,7 @@ def compile_record(template: Any, record_format: Format, *, place: Place = ()) -
 # Targets -------------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_LONGEST_RUN = 86_400.0
 
 
 def _check_name(name: str) -> str:
@@ -613,8 +626,19 @@ class TargetConfig(Section):
     @model_validator(mode="after")
     def _does_not_contradict_itself(self) -> Self:
         self._check_headers_against_auth()
+        if self.longest_request_seconds > _LONGEST_RUN:
+            raise refusal(
+                f"with timeout_seconds ({self.timeout_seconds:g}) before and after, a request would be tried for up to "
+                f"{self.longest_request_seconds:,.0f} s, but a run lasts a day ({_LONGEST_RUN:,.0f} s); lower it",
+                at=("retry", "max_elapsed"),
+            )
         self._check_statuses(("success_on", "retryable_status_codes", "drop_on"))
         return self
+
+    @property
+    def longest_request_seconds(self) -> float:
+        """For how long one request is tried in one run: the first attempt, the budget, one more that just fitted in."""
+        return self.timeout_seconds + self.retry.max_elapsed + self.timeout_seconds * (self.retry.max_elapsed > 0)
 
     def content_type(self) -> str | None:
         """Return the content type that `headers` sets in place of the format's own."""

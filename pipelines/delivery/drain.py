@@ -2,20 +2,26 @@
 
 The loop's own thread is the only one that touches the ledger; each lane is a thread with a client of its own. The
 window slides: new batches are claimed while earlier ones are still out, so no lane waits for the slowest.
+
+A batch that was set aside before is a *suspect*: it, and not the target, may be what is wrong. If the target was left
+unwell, others are sent first, so that a suspect does not stand for it; if it was left well, a suspect is tried once.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 
+from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Halt, TargetGate
+from pipelines.delivery.holding import Key, KeyHolds, key_of
 from pipelines.delivery.judging import JudgingRules
-from pipelines.delivery.ledger import Settlement, TargetLedger, TargetState
+from pipelines.delivery.ledger import Leftover, Settlement, TargetLedger, TargetState
+from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.planning import Batch, LeftoverPlan, plan_leftover, plan_window
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.report import DrainReport, End, Recorder
@@ -100,6 +106,16 @@ def _bucket(limit: RateLimit | None, now: float) -> TokenBucket | None:
     return TokenBucket.full(requests_per_second=limit.requests_per_second, burst=limit.burst, now=now)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A claimed batch on its way to a lane."""
+
+    batch_id: int
+    batch: Batch
+    set_aside: int = 0
+    """Runs that set it aside before."""
+
+
 class _Lane(threading.Thread):
     """Sends one lane's batches one after another."""
 
@@ -107,7 +123,7 @@ class _Lane(threading.Thread):
         self, number: int, sender: Callable[[], tuple[Sender, TargetClient]], results: SimpleQueue[object]
     ) -> None:
         super().__init__(name=f"lane-{number}", daemon=True)
-        self.work: SimpleQueue[tuple[int, Batch] | None] = SimpleQueue()
+        self.work: SimpleQueue[_Work | None] = SimpleQueue()
         self._make = sender
         self._results = results
 
@@ -115,9 +131,8 @@ class _Lane(threading.Thread):
         try:
             sender, client = self._make()
             try:
-                while (item := self.work.get()) is not None:
-                    batch_id, batch = item
-                    self._results.put((batch, sender.send(batch_id, batch)))
+                while (work := self.work.get()) is not None:
+                    self._results.put((work, sender.send(work.batch_id, work.batch, suspect=work.set_aside > 0)))
             finally:
                 client.close()
         except BaseException as error:  # handed to the loop, which raises it
@@ -145,6 +160,7 @@ class _Loop:
         self._on_progress = on_progress
         self._unwell = state.failed_runs > 0 or state.status != "active"
         self._earlier_failed_runs = state.failed_runs
+        self._waited = state.retry_at is not None and not self._unwell  # batches were set aside
         self._log_id = state.log_id
         now = clock.monotonic()
         self._started_at, self._busy_until = now, now
@@ -168,11 +184,16 @@ class _Loop:
         self._more, self._read_at, self._read_nothing = True, now, False
         self._touched_at = now
         self._learned: dict[tuple[str, str], int] = {}
+        self._holds = KeyHolds()
+        self._blocking = frozenset(stream for stream, route in routes.items() if route.on_dead == "block")
+        self._last_batch = 0
+        self._suspects_wait = False
+        self._aside = _Aside()
         self._recorder = Recorder()
 
     def run(self) -> DrainReport:
         try:
-            self._send_leftovers()
+            self._send_leftovers(suspects=not self._unwell)
             self._deliver_pending()
         except BaseException:
             self._gate.stop("the drain failed")
@@ -188,17 +209,42 @@ class _Loop:
             with suppress(Exception):  # the drain's own failure is the one to raise
                 self._settle_some()
 
-    def _send_leftovers(self) -> None:
-        """Send what an earlier drain claimed, as written, and wait for it: nothing new may overtake it."""
-        plans = [(left.batch_id, plan_leftover(left, routes=self._routes)) for left in self._ledger.leftovers()]
+    def _send_leftovers(self, *, suspects: bool) -> None:
+        """Send what an earlier drain claimed, as written, and wait for it: nothing new may overtake it.
+
+        Without *suspects*, their keys wait instead.
+        """
+        leftovers = self._ledger.leftovers()
+        blocks = self._blocked(change for left in leftovers for change in left.changes)
+        plans = [(left, plan_leftover(left, routes=self._routes, blocks=blocks)) for left in leftovers]
         self._gate.judge_rendering(
             rendered=sum(len(batch.changes) for _, plan in plans for batch in plan.batches),
-            unrenderable=sum(len(plan.dead) for _, plan in plans),
+            unrenderable=sum(plan.unrenderable for _, plan in plans),
         )
-        if self._gate.halt is None:
-            for batch_id, plan in plans:
-                self._dispatch_leftover(batch_id, plan)
+        for left, plan in plans:
+            if self._gate.halt is not None:
+                break
+            if left.set_aside and not suspects:
+                self._suspects_wait = True
+                self._holds.hold(left.changes)
+            else:
+                self._dispatch_leftover(left, plan)
         self._finish_outstanding()
+
+    def _send_suspects(self) -> None:
+        """Send again whatever is claimed and was not delivered, the suspects with it."""
+        self._finish_outstanding()
+        self._suspects_wait = False
+        self._holds.release_all()
+        self._aside = _Aside()
+        self._send_leftovers(suspects=True)
+
+    def _blocked(self, changes: Iterable[ChangeRecord]) -> dict[Key, int]:
+        """Return which keys of *changes* have a dead change that blocks them."""
+        if not self._blocking:
+            return {}
+        keys = {key_of(change) for change in changes if change.stream in self._blocking}
+        return {**(self._ledger.blocked(keys) if keys else {}), **self._holds.unwritten()}
 
     def _deliver_pending(self) -> None:
         caught_up_at: float | None = None
@@ -207,12 +253,17 @@ class _Loop:
             if self._gate.halt is not None:
                 self._finish_outstanding()
                 return
+            if self._suspects_wait and self._gate.healthy:
+                self._send_suspects()
+                continue
             if self._should_read():
                 self._claim()
             if self._outstanding:
                 caught_up_at = None
                 self._settle_some()
                 self._busy_until = self._clock.monotonic()
+            elif self._suspects_wait:
+                self._send_suspects()  # there is nothing else by which to find out whether the target is well
             elif self._read_nothing:
                 now = self._clock.monotonic()
                 caught_up_at = now if caught_up_at is None else caught_up_at
@@ -276,39 +327,42 @@ class _Loop:
             routes=self._routes,
             lanes=self._policy.max_in_flight,
             max_records_of=self._max_records_of,
+            blocked_keys=self._blocked(pending.records),
         )
         sendable = sum(len(batch.changes) for batch in plan.batches)
-        self._gate.judge_rendering(rendered=sendable, unrenderable=len(plan.window.dead))
+        self._gate.judge_rendering(rendered=sendable, unrenderable=plan.unrenderable)
         if self._gate.halt is not None:
             return  # nothing of the window is written down: no record is buried for a wrong mapping
         batch_ids = self._ledger.claim(plan.window)
         self._recorder.count("superseded", plan.window.superseded)
         self._recorder.count("filtered", plan.window.filtered)
         self._recorder.bury(plan.window.dead)
+        self._last_batch = max(batch_ids, default=self._last_batch)
         for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
-            self._dispatch(batch_id, batch)
+            self._dispatch(_Work(batch_id, batch))
 
     def _max_records_of(self, route: Route, operation: RouteOperation) -> int:
         learned = self._learned.get((route.stream, operation.kind))
         return operation.max_records if learned is None else min(operation.max_records, learned)
 
-    def _dispatch(self, batch_id: int, batch: Batch) -> None:
+    def _dispatch(self, work: _Work) -> None:
         if not self._lanes:
             self._lanes = [_Lane(number, self._sender, self._results) for number in range(self._policy.max_in_flight)]
             for lane in self._lanes:
                 lane.start()
         self._outstanding += 1
-        self._outstanding_records += len(batch.changes)
-        self._outstanding_bytes += _weight(batch)
-        self._lanes[batch.lane % len(self._lanes)].work.put((batch_id, batch))
+        self._outstanding_records += len(work.batch.changes)
+        self._outstanding_bytes += _weight(work.batch)
+        self._lanes[work.batch.lane % len(self._lanes)].work.put(work)
 
-    def _dispatch_leftover(self, batch_id: int, plan: LeftoverPlan) -> None:
+    def _dispatch_leftover(self, left: Leftover, plan: LeftoverPlan) -> None:
+        self._last_batch = max(self._last_batch, left.batch_id)
         if plan.dead or plan.filtered or not plan.batches:
             self._write_down(
-                [Settlement(batch_id=batch_id, dead=plan.dead, filtered=plan.filtered, finished=not plan.batches)]
+                [Settlement(batch_id=left.batch_id, dead=plan.dead, filtered=plan.filtered, finished=not plan.batches)]
             )
         for batch in plan.batches:
-            self._dispatch(batch_id, batch)
+            self._dispatch(_Work(left.batch_id, batch, left.set_aside))
 
     def _settle_some(self) -> None:
         """Wait a moment for a result, then write down all there are in one commit."""
@@ -331,8 +385,8 @@ class _Loop:
                 settlements.append(result)  # a part of a batch that is still out
                 continue
             assert isinstance(result, tuple)
-            batch, sent = result
-            settlements.append(self._take_in(batch, sent))
+            work, sent = result
+            settlements.append(self._take_in(work, sent))
         if settlements:
             self._write_down(settlements)
             if self._unwell and self._gate.healthy and self._gate.halt is None:
@@ -341,7 +395,8 @@ class _Loop:
         if broken is not None:
             raise broken
 
-    def _take_in(self, batch: Batch, sent: Sent) -> Settlement:
+    def _take_in(self, work: _Work, sent: Sent) -> Settlement:
+        batch = work.batch
         self._outstanding -= 1
         self._outstanding_records -= len(batch.changes)
         self._outstanding_bytes -= _weight(batch)
@@ -351,6 +406,8 @@ class _Loop:
             self._recorder.latencies.add(latency)
         if sent.too_large is not None:
             self._learned[(batch.route.stream, batch.operation.kind)] = max(1, sent.too_large // 2)
+        if sent.set_aside:
+            self._aside.add(sent, times=work.set_aside + 1)
         return sent.settlement
 
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
@@ -358,6 +415,8 @@ class _Loop:
         self._touched_at = self._clock.monotonic()
         now = self._clock.now()
         for settlement in settlements:
+            if settlement.dead and self._blocking:
+                self._holds.written_down(_refused(settlement.dead), last_batch=self._last_batch)
             self._recorder.count("accepted", settlement.accepted)
             self._recorder.count("filtered", settlement.filtered)
             self._recorder.bury(settlement.dead)
@@ -376,6 +435,7 @@ class _Loop:
             retry=self._policy.retry,
             clock=self._clock,
             report=self._results.put,
+            holds=self._holds,
         )
         return sender, client
 
@@ -389,6 +449,15 @@ class _Loop:
         halt = self._gate.halt
         if halt is not None and halt.cause != "stopped":
             self._hold(halt)
+        elif self._aside.records and not (self._gate.in_doubt or self._unwell):
+            self._hold_aside()
+            halt = halt or Halt(cause="deferred", reason=self._aside.describe())
+        elif self._aside.records and halt is None:
+            # There was nothing else by which to tell the records' fault from the target's.
+            halt = Halt(cause="deferred", reason=self._aside.reason)
+            self._hold(halt)
+        elif halt is None and self._waited:
+            self._ledger.resume()
         ends: dict[str, End] = {"stopped": "stopped", "deferred": "deferred"}
         recorder = self._recorder
         return DrainReport(
@@ -406,15 +475,27 @@ class _Loop:
             refusals=dict(recorder.refusals),
         )
 
+    def _hold_aside(self) -> None:
+        """Write down that batches wait while the target is well; the more often they were set aside, the longer."""
+        seconds = self._longer_and_longer(self._aside.times)
+        self._ledger.hold(
+            status="active",
+            reason=self._aside.describe(),
+            failed_runs=0,
+            retry_at=self._clock.now() + timedelta(seconds=seconds),
+        )
+
+    def _longer_and_longer(self, times: int) -> float:
+        """Return how many seconds to leave alone what was tried so many times in vain: up to five minutes."""
+        longest = max(_LONGEST_HOLD, self._policy.error_timeout)
+        return min(longest, self._policy.error_timeout * 2.0 ** min(times - 1, 10))
+
     def _hold(self, halt: Halt) -> None:
         """Write down why the target is left alone, and until when."""
         failed_runs = self._earlier_failed_runs + 1
         match halt.cause:
             case "deferred":
-                # The longer it has been down, the rarer the probes, up to one in five minutes.
-                longest = max(_LONGEST_HOLD, self._policy.error_timeout)
-                seconds = min(longest, self._policy.error_timeout * 2.0 ** min(failed_runs - 1, 10))
-                seconds = max(seconds, halt.retry_after or 0.0)
+                seconds = max(self._longer_and_longer(failed_runs), halt.retry_after or 0.0)
                 self._ledger.hold(
                     status="active",
                     reason=halt.reason,
@@ -432,6 +513,33 @@ class _Loop:
                 self._ledger.hold(status="disabled", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
             case _:
                 self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
+
+
+@dataclass(slots=True)
+class _Aside:
+    """What of a run was set aside."""
+
+    records: int = 0
+    times: int = 0
+    """How often; the least of all."""
+    reason: str = ""
+
+    def add(self, sent: Sent, *, times: int) -> None:
+        self.records += sent.set_aside
+        if sent.settlement.set_aside:  # else it waits for one that was
+            self.times = min(self.times or times, times)
+            self.reason = sent.settlement.error or self.reason
+
+    def describe(self) -> str:
+        """Say what waits and what to do about it."""
+        return (
+            f"{self.records} set aside while others are accepted: {self.reason}. They are tried again; "
+            "if the status means that a record is refused, name it in drop_on"
+        )
+
+
+def _refused(dead: Sequence[DeadRecord]) -> list[ChangeRecord]:
+    return [record.change for record in dead if record.blocked_by is None]
 
 
 def _weight(batch: Batch) -> int:

@@ -52,6 +52,8 @@ class TargetGate:
         self._bucket = bucket
         self._guard = dead_letter_guard
         self._one_probe = one_probe
+        self._successes = 0
+        self._excused = 0  # failures in a row of batches that had been given up on before
         self._changed = Condition()
         self._hold_until: float | None = None
         self._halt: Halt | None = None
@@ -78,6 +80,18 @@ class TargetGate:
         """Whether requests flow freely: the breaker is closed."""
         with self._changed:
             return self._breaker.closed
+
+    @property
+    def successes(self) -> int:
+        """Answers so far that the target gave for itself."""
+        with self._changed:
+            return self._successes
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the target is, or seems, unwell, and no request has succeeded since."""
+        with self._changed:
+            return self._one_probe
 
     def enter(self, *, give_up_at: float | None = None) -> Permit | None:
         """Wait until a request may be sent; None if the run halts, or if it would be later than *give_up_at*.
@@ -121,25 +135,48 @@ class TargetGate:
     def succeeded(self) -> None:
         """Note an answer that the target gave for itself, a refusal of a record included."""
         with self._changed:
+            self._successes += 1
+            self._excused = 0
             if not self._breaker.closed or self._breaker.failures:
                 self._breaker.succeeded()
                 self._one_probe = False
                 self._changed.notify_all()
 
-    def failed(self, permit: Permit, reason: str, *, retry_after: float | None = None) -> None:
+    def failed(self, permit: Permit, reason: str, *, retry_after: float | None = None, excused: bool = False) -> None:
         """Note a fault of the target's; *retry_after* seconds hold every lane, not only this one.
 
-        If an earlier run left the target unwell (*one_probe*), a failed probe is all that this run tries.
+        If an earlier run left the target unwell (*one_probe*), a failed probe is all that this run tries. One that is
+        *excused*, for its batch was given up on before, says little: another is the next probe, so long as they do not
+        fail `failure_threshold` times in a row.
         """
         with self._changed:
             now = self._clock.monotonic()
+            if excused and not permit.probe:
+                return
             self._breaker.failed(now, probe=permit.probe)
+            if excused and self._excused + 1 < self._breaker.failure_threshold:
+                self._excused += 1
+                self._breaker.half_open(now)
+                self._changed.notify_all()
+                return
             if retry_after is not None:
                 until = now + retry_after
                 self._hold_until = until if self._hold_until is None else max(self._hold_until, until)
             if permit.probe and self._one_probe:
                 self._set_halt(Halt(cause="deferred", reason=reason, retry_after=retry_after))
             self._changed.notify_all()
+
+    def doubt(self, *, since: int) -> None:
+        """Note that one request was given up on: the target's fault, or its records'?
+
+        If others have succeeded since (their number was *since*), the target is well. Else the next request decides.
+        """
+        with self._changed:
+            if self._successes == since:
+                self._one_probe = True
+                if not self._breaker.probing:  # else a probe is out already
+                    self._breaker.half_open(self._clock.monotonic())
+                self._changed.notify_all()
 
     def withdrew(self, permit: Permit) -> None:
         """Give a permit back unused."""

@@ -20,6 +20,8 @@ _EXCERPT_CHARACTERS = 500
 # 420, 423 and 430 are how some APIs say 429 or "locked"; 421 is another server's request (RFC 9110 §15.5.20).
 _RETRYABLE = frozenset({408, 420, 421, 423, 425, 429, 430, 500, 502, 503, 504})
 # 419, 440 and 498: sessions and tokens that have ended, unofficially.
+# These speak of the target's load or of the connection; no record can bring them about again and again.
+_NEVER_THE_RECORDS = frozenset({408, 420, 421, 423, 425, 429, 430, 503})
 _CREDENTIALS = frozenset({401, 403, 407, 419, 440, 498})
 # Nothing that a record holds can bring these about: method, URL, representation or contract are wrong.
 _CONFIGURATION = frozenset({402, 405, 406, 411, 415, 426, 428, 505})
@@ -45,7 +47,8 @@ def judge(
 ) -> Verdict:
     """Return what *answer* means for the request that carried *changes*; *now* reads a dated `Retry-After`."""
     if isinstance(answer, NoAnswer):
-        return TargetFault(reason=answer.reason, outcome_unknown=answer.may_have_arrived)
+        unknown = answer.may_have_arrived
+        return TargetFault(reason=answer.reason, outcome_unknown=unknown, may_be_the_records=unknown)
     status, alone = answer.status, len(changes) == 1
     if status in rules.drop_on:
         return _refused(answer, alone=alone)
@@ -89,6 +92,7 @@ def _fault(answer: Answer, *, rules: JudgingRules, now: datetime) -> TargetFault
         status=answer.status,
         retry_after=asked,
         outcome_unknown=answer.status not in (425, 429, 503),
+        may_be_the_records=answer.status not in _NEVER_THE_RECORDS and asked is None,
     )
 
 
@@ -130,7 +134,7 @@ def _read_success(
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         # The request was taken, but how it went for each record is not known: the same key may ask again.
         reason = f"answered {answer.status}, but its results cannot be read: {error}"
-        return TargetFault(reason=reason, status=answer.status, outcome_unknown=True)
+        return TargetFault(reason=reason, status=answer.status, outcome_unknown=True, may_be_the_records=True)
     if len(items.rejected) == len(changes) and {one.status for one in items.rejected.values()} <= _CREDENTIALS:
         status = next(iter(items.rejected.values())).status
         reason = f"answered {status} for every record of the batch: credentials refused"

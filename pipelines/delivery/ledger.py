@@ -9,7 +9,7 @@ Whoever holds a `TargetLedger` holds the target's lock; nobody else can write fo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -43,6 +43,7 @@ class TargetState:
     failed_runs: int = 0
     """Runs in a row that ended with the target unwell; more than none, and the breaker is open."""
     retry_at: datetime | None = None
+    """When to try again: the target, or if it is well, the batches that were set aside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ class Owed:
     status: Status
     reason: str | None
     waiting: bool
-    """`retry_at` has not come yet."""
+    """`retry_at` has not come yet; if only batches that were set aside wait for it, anything pending is work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ class Leftover:
     stream: str
     operation: OperationKind
     changes: Sequence[ChangeRecord]
+    set_aside: int = 0
+    """Runs that gave up on it while it might be its records' fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +125,11 @@ class Settlement:
     accepted: Sequence[ChangeRecord] = ()
     dead: Sequence[DeadRecord] = ()
     filtered: Sequence[ChangeRecord] = ()
+    supersedes: bool = False
+    """What was accepted closes the open dead letters of earlier changes of its keys."""
     finished: bool = True
+    set_aside: bool = False
+    """It was given up on, and its records may be to blame."""
     attempts: int = 0
     status: int | None = None
     seconds: float | None = None
@@ -152,6 +159,10 @@ class TargetLedger(ABC):
         """Return what was claimed and never settled, oldest first: to be sent again as written, before anything new."""
 
     @abstractmethod
+    def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+        """Return those of *keys* (stream and key) that have an open dead letter, each with the first such change."""
+
+    @abstractmethod
     def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
         """Return the oldest changes that are neither settled nor claimed.
 
@@ -175,7 +186,10 @@ class TargetLedger(ABC):
 
     @abstractmethod
     def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
-        """Open the breaker: do not try the target before *retry_at* (None: until a person launches a run)."""
+        """Open the breaker: do not try the target before *retry_at* (None: until a person launches a run).
+
+        With *failed_runs* of 0 the target is well, and only what is claimed waits.
+        """
 
     @abstractmethod
     def resume(self) -> None:

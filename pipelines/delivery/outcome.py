@@ -63,6 +63,8 @@ class TargetFault:
     """Seconds that the target asked for."""
     outcome_unknown: bool = False
     """The request may have been applied: only the same key and bytes may follow it."""
+    may_be_the_records: bool = False
+    """A record might bring this about; it is told from an outage by what else succeeds meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +88,11 @@ class DeadRecord:
     status: int | None = None
     response: str | None = None
     attempts: int = 1
+    blocked_by: int | None = None
+    """The dead change of the same key because of which this one was not sent (`on_dead: block`)."""
+
+
+def blocked(change: ChangeRecord, dead_change_id: int) -> DeadRecord:
+    """Return *change* as the dead letter that it becomes behind another of its key."""
+    reason = "an earlier change of its key is dead (on_dead: block)"
+    return DeadRecord(change=change, reason=reason, attempts=0, blocked_by=dead_change_id)

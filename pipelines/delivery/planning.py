@@ -5,13 +5,15 @@ Pure: the same window gives the same plan.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from uuid import UUID
 from zlib import crc32
 
 from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.delivery.holding import Key, key_of
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Claim, Leftover, PendingWindow, Window
-from pipelines.delivery.outcome import DeadRecord, OperationKind
+from pipelines.delivery.outcome import DeadRecord, OperationKind, blocked
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.template import RecordUnrenderable
 
@@ -34,6 +36,11 @@ class Plan:
     window: Window
     batches: Sequence[Batch]
 
+    @property
+    def unrenderable(self) -> int:
+        """Return how many are dead for their own sake."""
+        return _unrenderable(self.window.dead)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftoverPlan:
@@ -42,6 +49,15 @@ class LeftoverPlan:
     batches: Sequence[Batch]
     filtered: Sequence[ChangeRecord]
     dead: Sequence[DeadRecord]
+
+    @property
+    def unrenderable(self) -> int:
+        """Return how many are dead for their own sake."""
+        return _unrenderable(self.dead)
+
+
+def _unrenderable(dead: Sequence[DeadRecord]) -> int:
+    return sum(record.blocked_by is None for record in dead)
 
 
 def lane_of(stream: str, key: str, *, lanes: int) -> int:
@@ -57,21 +73,23 @@ def plan_window(
     routes: Mapping[str, Route],
     lanes: int,
     max_records_of: Callable[[Route, RouteOperation], int],
+    blocked_keys: Mapping[Key, int] = MappingProxyType({}),
 ) -> Plan:
     """Coalesce, filter, render and batch *pending* for *target*.
 
     In mode `state` only the last change of a key is sent and the earlier ones are superseded (but for a deletion, on a
     route that cannot update, of a record that was made anew). A batch closes at `max_records_of` its operation or at
-    the operation's `max_bytes`.
+    the operation's `max_bytes`. *blocked_keys* have a dead change: later ones become dead letters too.
     """
     filtered: list[ChangeRecord] = []
     superseded: list[ChangeRecord] = []
     dead: list[DeadRecord] = []
+    blocks = dict(blocked_keys)
     batcher = _Batcher(lanes=lanes, max_records_of=max_records_of)
     for first, change in _coalesce(pending.records, routes, filtered, superseded):
         route = routes[change.stream]
         operation = route.operation_for(first, change.operation)
-        fragment = _render(operation, change, filtered, dead)
+        fragment = _render(route, operation, change, filtered, dead, blocks)
         if operation is not None and fragment is not None:
             batcher.add(route, operation, change, fragment)
     batches = batcher.close()
@@ -92,35 +110,49 @@ def plan_window(
 
 
 def _render(
-    operation: RouteOperation | None, change: ChangeRecord, filtered: list[ChangeRecord], dead: list[DeadRecord]
+    route: Route | None,
+    operation: RouteOperation | None,
+    change: ChangeRecord,
+    filtered: list[ChangeRecord],
+    dead: list[DeadRecord],
+    blocks: dict[Key, int],
 ) -> bytes | None:
     """Return *change*'s part of a body; None if it is not to be sent, and then it is noted why."""
-    if operation is None:
+    if route is None or operation is None:
         filtered.append(change)
+        return None
+    if blocks and (blocked_by := blocks.get(key_of(change))) is not None:
+        dead.append(blocked(change, blocked_by))
         return None
     try:
         fragment = operation.render_record(change)
     except RecordUnrenderable as error:
         dead.append(DeadRecord(change=change, reason=str(error), attempts=0))
+        if route.on_dead == "block":
+            blocks[key_of(change)] = change.change_id
         return None
     if fragment is None:
         filtered.append(change)
     return fragment
 
 
-def plan_leftover(leftover: Leftover, *, routes: Mapping[str, Route]) -> LeftoverPlan:
+def plan_leftover(
+    leftover: Leftover, *, routes: Mapping[str, Route], blocks: dict[Key, int] | None = None
+) -> LeftoverPlan:
     """Render a claim again: the same members in one batch, so under the same mapping the same bytes and key.
 
-    If its route has lost the operation since, each change goes by the one that now serves it.
+    If its route has lost the operation since, each change goes by the one that now serves it. Keys in *blocks* have a
+    dead change; those whose change cannot be rendered, and is to block later ones, are added.
     """
     filtered: list[ChangeRecord] = []
     dead: list[DeadRecord] = []
     rendered: list[_Rendered] = []
+    blocks = {} if blocks is None else blocks
     route = routes.get(leftover.stream)
     written = route.operations.get(leftover.operation) if route else None
     for change in leftover.changes:
         operation = written or (route.operation_for(change.operation, change.operation) if route else None)
-        fragment = _render(operation, change, filtered, dead)
+        fragment = _render(route, operation, change, filtered, dead, blocks)
         if operation is not None and fragment is not None:
             rendered.append((operation, change, fragment))
     pieces = _pieces_of(rendered, written)

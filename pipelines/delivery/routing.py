@@ -18,6 +18,7 @@ from pipelines.delivery.config import (
     Format,
     JsonPath,
     Mode,
+    OnDead,
     OperationConfig,
     RecordSource,
     ResultsConfig,
@@ -213,6 +214,7 @@ class Route:
     stream: str
     mode: Mode
     operations: Mapping[OperationKind, RouteOperation]
+    on_dead: OnDead = "continue"
 
     @property
     def updates(self) -> bool:
@@ -245,6 +247,7 @@ def compile_routes(config: TargetConfig, transforms: Mapping[str, Transform] | N
         stream: Route(
             stream=stream,
             mode=route.mode,
+            on_dead=route.on_dead,
             operations={
                 kind: _compile_operation(
                     kind,

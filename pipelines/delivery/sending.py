@@ -1,11 +1,14 @@
 """Get one claimed batch to its target: retry, halve, fall back, until every record's fate is known or the run gives up.
 
-Whatever is known when the run gives up is reported; the rest stays claimed.
+Whatever is known when the run gives up is reported; the rest stays claimed. What a record might be to blame for, though
+it looks like the target's fault (a 500, a time-out), is *set aside* if others succeed: it stays claimed under its key,
+and with it later changes of its keys; everything else goes on.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 from uuid import UUID
 
 import tenacity
@@ -13,6 +16,7 @@ import tenacity
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Permit, TargetGate
+from pipelines.delivery.holding import KeyHolds
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.judging import JudgingRules, judge
 from pipelines.delivery.ledger import Settlement
@@ -27,6 +31,7 @@ from pipelines.delivery.outcome import (
     Split,
     TargetFault,
     Verdict,
+    blocked,
 )
 from pipelines.delivery.planning import Batch
 from pipelines.delivery.retrying import backoff
@@ -54,6 +59,8 @@ class Sent:
     retries: int
     too_large: int | None = None
     """The smallest number of records that the target called too large (413)."""
+    set_aside: int = 0
+    """Records that stay claimed while the rest of the target goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +96,29 @@ class _Tally:
     status: int | None = None
     error: str | None = None
     too_large: int | None = None
+    set_aside: int = 0
+    suspect: bool = False
 
-    def hand_over(self, batch_id: int) -> Settlement:
+    def hand_over(self, batch_id: int, *, supersedes: bool) -> Settlement:
         """Return what is known so far, and forget it here."""
         known = Settlement(
-            batch_id=batch_id, accepted=self.accepted, dead=self.dead, filtered=self.filtered, finished=False
+            batch_id=batch_id,
+            accepted=self.accepted,
+            dead=self.dead,
+            filtered=self.filtered,
+            supersedes=supersedes,
+            finished=False,
         )
         self.accepted, self.dead, self.filtered = [], [], []
         return known
 
 
 class _GaveUp(Exception):
-    """The run halts, or the budget for this request is spent."""
+    """The run halts, or the budget for this request is spent and the target is to blame."""
+
+
+class _SetAside(Exception):
+    """The budget for this request is spent, and its records may be to blame."""
 
 
 class Sender:
@@ -117,6 +135,7 @@ class Sender:
         retry: RetryPolicy,
         clock: Clock,
         report: Callable[[Settlement], None] = lambda _: None,
+        holds: KeyHolds | None = None,
     ) -> None:
         self._log_id = log_id
         self._target = target
@@ -126,22 +145,27 @@ class Sender:
         self._retry = retry
         self._clock = clock
         self._report = report
+        self._holds = KeyHolds() if holds is None else holds
 
-    def send(self, batch_id: int, batch: Batch) -> Sent:
+    def send(self, batch_id: int, batch: Batch, *, suspect: bool = False) -> Sent:
         """Deliver *batch*, in order, as far as the target and the run allow.
 
         Of a batch that needs several requests, what is known is reported before the next is sent: after a crash it must
-        not go out again under another key.
+        not go out again under another key. A *suspect* was set aside by an earlier run: it is tried once.
         """
         tally = _Tally()
+        supersedes = batch.route.on_dead == "supersede"
         todo = deque([_Part(batch.operation, batch.changes, batch.fragments)])
         finished = True
         try:
             while todo:
                 part = todo.popleft()
-                todo.extendleft(reversed(self._deliver(part, batch.route, tally)))
+                if not self._holds.empty:
+                    part = self._without_waiting_keys(part, batch_id, tally)
+                if part.changes:
+                    todo.extendleft(reversed(self._deliver(part, batch.route, tally, suspect=suspect)))
                 if todo and (tally.accepted or tally.dead or tally.filtered):
-                    self._report(tally.hand_over(batch_id))
+                    self._report(tally.hand_over(batch_id, supersedes=supersedes))
         except _GaveUp:
             finished = False
         settlement = Settlement(
@@ -149,23 +173,49 @@ class Sender:
             accepted=tally.accepted,
             dead=tally.dead,
             filtered=tally.filtered,
-            finished=finished,
+            supersedes=supersedes,
+            finished=finished and not tally.set_aside,
+            set_aside=tally.suspect,
             attempts=tally.attempts,
             status=tally.status,
             seconds=tally.latencies[-1] if tally.latencies else None,
             error=tally.error,
         )
-        return Sent(settlement=settlement, latencies=tally.latencies, retries=tally.retries, too_large=tally.too_large)
+        return Sent(
+            settlement=settlement,
+            latencies=tally.latencies,
+            retries=tally.retries,
+            too_large=tally.too_large,
+            set_aside=tally.set_aside,
+        )
 
-    def _deliver(self, part: _Part, route: Route, tally: _Tally) -> list[_Part]:
+    def _without_waiting_keys(self, part: _Part, batch_id: int, tally: _Tally) -> _Part:
+        """Leave out what must wait for an earlier change of its key, and note it; that was never sent before."""
+        going: list[int] = []
+        for position, change in enumerate(part.changes):
+            if self._holds.is_held(change):
+                tally.set_aside += 1
+            elif (dead := self._holds.blocked_by(change, batch_id=batch_id)) is not None:
+                tally.dead.append(blocked(change, dead))
+            else:
+                going.append(position)
+        return part if len(going) == len(part.changes) else replace(part.pick(going), fault=part.fault)
+
+    def _deliver(self, part: _Part, route: Route, tally: _Tally, *, suspect: bool) -> list[_Part]:
         """Send *part* and note what became of it; return what is to be sent in its place."""
-        verdict = self._until_decided(part, tally)
+        try:
+            verdict = self._until_decided(part, tally, suspect=suspect)
+        except _SetAside:
+            self._holds.hold(part.changes)
+            tally.set_aside += len(part.changes)
+            tally.suspect = True
+            return []
         match verdict:
             case Accepted():
                 self._note(tally, accepted=part.changes)
                 return []
             case Rejected():
-                self._note(tally, rejected=[(part.changes[0], verdict)])
+                self._note(tally, route, rejected=[(part.changes[0], verdict)])
                 return []
             case Split():
                 half = len(part.changes) // 2
@@ -177,6 +227,7 @@ class Sender:
             case Items():
                 self._note(
                     tally,
+                    route,
                     accepted=[part.changes[i] for i in verdict.accepted],
                     rejected=[(part.changes[i], refusal) for i, refusal in verdict.rejected.items()],
                 )
@@ -184,7 +235,7 @@ class Sender:
                 if verdict.fallback:
                     instead += self._fall_back(part.pick(verdict.fallback), route, self._other(part.operation), tally)
                 if verdict.retry:
-                    fault = TargetFault(reason=verdict.retry_reason)
+                    fault = TargetFault(reason=verdict.retry_reason, may_be_the_records=True)
                     instead.append(replace(part.pick(verdict.retry), fault=fault))
                 return instead
             case _:  # pragma: no cover - _until_decided returns no other verdict
@@ -202,14 +253,14 @@ class Sender:
         if part.fallen_back or other is None:
             reason = f"'{part.operation.kind}' and its fallback '{kind}' were both refused"
             refusal = Rejected(reason=reason, status=tally.status)
-            self._note(tally, rejected=[(change, refusal) for change in part.changes])
+            self._note(tally, route, rejected=[(change, refusal) for change in part.changes])
             return []
         parts: list[_Part] = []
         for change in part.changes:
             try:
                 fragment = other.render_record(change)
             except RecordUnrenderable as error:
-                self._note(tally, rejected=[(change, Rejected(reason=str(error)))])
+                self._note(tally, route, rejected=[(change, Rejected(reason=str(error)))])
                 continue
             if fragment is None:
                 tally.filtered.append(change)
@@ -220,6 +271,7 @@ class Sender:
     def _note(
         self,
         tally: _Tally,
+        route: Route | None = None,
         *,
         accepted: Sequence[ChangeRecord] = (),
         rejected: Sequence[tuple[ChangeRecord, Rejected]] = (),
@@ -227,13 +279,15 @@ class Sender:
         tally.accepted.extend(accepted)
         for change, refusal in rejected:
             tally.error = refusal.reason
+            if route is not None and route.on_dead == "block":
+                self._holds.block(change)
             tally.dead.append(
                 DeadRecord(change=change, reason=refusal.reason, status=refusal.status, response=refusal.response)
             )
         self._gate.judge_records(accepted=len(accepted), dead=len(rejected))
 
-    def _until_decided(self, part: _Part, tally: _Tally) -> Verdict:
-        """Send the same bytes under the same key until the answer is about the records; raises _GaveUp."""
+    def _until_decided(self, part: _Part, tally: _Tally, *, suspect: bool) -> Verdict:
+        """Send the same bytes under the same key until the answer is about the records; raises _GaveUp or _SetAside."""
         request = part.operation.request(part.changes, part.fragments)
         key = idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
 
@@ -250,33 +304,39 @@ class Sender:
             verdict = judge(
                 answer, operation=part.operation, changes=part.changes, rules=self._rules, now=self._clock.now()
             )
-            return self._tell_gate(verdict, permit, tally)
+            return self._tell_gate(verdict, permit, tally, suspect=suspect)
 
         verdict = part.fault or attempt(None)
-        if _is_fault(verdict):
-            verdict = self._retry_until_decided(attempt, verdict)
+        if isinstance(verdict, TargetFault):
+            if suspect and verdict.may_be_the_records:
+                raise _SetAside
+            verdict = self._retry_until_decided(attempt, verdict, tally)
         return verdict
 
-    def _tell_gate(self, verdict: Verdict, permit: Permit, tally: _Tally) -> Verdict:
+    def _tell_gate(self, verdict: Verdict, permit: Permit, tally: _Tally, *, suspect: bool) -> Verdict:
         match verdict:
             case TargetFault():
                 tally.error = verdict.reason
-                self._gate.failed(permit, verdict.reason, retry_after=verdict.retry_after)
+                excused = suspect and verdict.may_be_the_records
+                self._gate.failed(permit, verdict.reason, retry_after=verdict.retry_after, excused=excused)
             case Pause():
                 tally.error = verdict.reason
                 self._gate.pause(verdict, permit)
                 raise _GaveUp
             case Items() if not (verdict.accepted or verdict.rejected or verdict.fallback):
                 # Not one record is decided: the batch must not go round and round, so it counts as a fault.
-                fault = TargetFault(reason=verdict.retry_reason)
-                return self._tell_gate(fault, permit, tally)
+                fault = TargetFault(reason=verdict.retry_reason, may_be_the_records=True)
+                return self._tell_gate(fault, permit, tally, suspect=suspect)
             case _:
                 self._gate.succeeded()
         return verdict
 
-    def _retry_until_decided(self, attempt: Callable[[float | None], Verdict], fault: Verdict) -> Verdict:
+    def _retry_until_decided(
+        self, attempt: Callable[[float | None], Verdict], fault: TargetFault, tally: _Tally
+    ) -> Verdict:
         give_up_at = self._clock.monotonic() + self._retry.max_elapsed
-        first = [fault]  # the attempt that brought us here is the first of the series
+        successes = self._gate.successes
+        first: list[Verdict] = [fault]  # the attempt that brought us here is the first of the series
 
         def attempt_again() -> Verdict:
             return first.pop() if first else attempt(give_up_at)
@@ -293,20 +353,24 @@ class Sender:
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else fault,
         )
         try:
-            verdict = retrying(attempt_again)
+            verdict: Verdict = retrying(attempt_again)
         except _GaveUp:
-            self._defer(fault)
-            raise
-        if _is_fault(verdict):
-            self._defer(verdict)
-            raise _GaveUp
+            self._give_up(fault, successes, tally)
+        if isinstance(verdict, TargetFault):
+            self._give_up(verdict, successes, tally)
         return verdict
 
-    def _defer(self, fault: Verdict) -> None:
-        """Halt the run's sending, unless it halts already: the target has been unwell for too long."""
+    def _give_up(self, fault: TargetFault, successes: int, tally: _Tally) -> NoReturn:
+        """Halt the run's sending, for the target has been unwell for too long; or doubt that it is the target."""
         if self._gate.halt is None:
-            assert isinstance(fault, TargetFault)
+            if fault.may_be_the_records and not self._gate.held_for():
+                self._gate.doubt(since=successes)
+                raise _SetAside
             self._gate.defer(fault.reason, retry_after=self._gate.held_for() or None)
+        halt = self._gate.halt
+        # The next run is to find out by another batch whether the target is well: it might be this one's fault.
+        tally.suspect |= fault.may_be_the_records and halt is not None and halt.cause == "deferred"
+        raise _GaveUp
 
 
 def _is_fault(verdict: Verdict) -> bool:

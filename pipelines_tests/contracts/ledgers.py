@@ -93,6 +93,10 @@ class Subject(ABC):
     def dead_letters(self) -> list[DeadLetter]: ...
 
     @abstractmethod
+    def blocks(self) -> dict[int, int | None]:
+        """Return the open dead letters, each with the change that it is blocked by."""
+
+    @abstractmethod
     def batches(self) -> list[BatchRow]: ...
 
     @contextmanager
@@ -155,6 +159,9 @@ class FakeSubject(Subject):
             )
             for target, record in self._fake.dead_letters
         ]
+
+    def blocks(self) -> dict[int, int | None]:
+        return {record.change.change_id: record.blocked_by for _, record in self._fake.open_dead_letters}
 
     def batches(self) -> list[BatchRow]:
         return [
@@ -250,6 +257,9 @@ class PostgresSubject(Subject):
             " order by died_at, change_id"
         )
         return [DeadLetter(*row) for row in rows]
+
+    def blocks(self) -> dict[int, int | None]:
+        return dict(self.rows("select change_id, blocked_by from distributary.dead_letter where state = 'open'"))
 
     def batches(self) -> list[BatchRow]:
         rows = self.rows(

@@ -5,6 +5,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -697,6 +698,64 @@ def test_dead_letters_say_what_was_refused_and_why(subject: Subject, crm: Target
     assert counts(subject) == {"captured": 2, "dead": 2}
 
 
+def refused_as(change: ChangeRecord, **more: Any) -> DeadRecord:
+    return DeadRecord(change=change, reason="answered 422", **more)
+
+
+def test_a_key_is_blocked_by_its_first_open_dead_letter(subject: Subject, crm: TargetLedger) -> None:
+    """Only here, only that key of that stream."""
+    subject.ledger.register({"email": "beginning"})
+    for stream, key in [("customers", "a"), ("customers", "b"), ("customers", "a"), ("orders", "a")]:
+        subject.append(stream, key)
+    one, two, three, four = read(crm).records
+    batch_id, _ = crm.claim(Window(claims=[claim_of(one, three), claim_of(two, four)], dead=[]))
+    crm.settle([Settlement(batch_id=batch_id, dead=[refused_as(one), refused_as(three, blocked_by=one.change_id)])])
+
+    asked = [("customers", "a"), ("customers", "b"), ("orders", "a")]
+    assert crm.blocked(asked) == {("customers", "a"): one.change_id}
+    assert crm.blocked([("customers", "b")]) == {}
+    assert crm.blocked([]) == {}
+    with subject.open("email") as email:
+        assert email.blocked(asked) == {}
+    assert subject.blocks() == {one.change_id: None, three.change_id: one.change_id}
+
+
+def test_a_newer_accepted_state_closes_the_dead_letters_of_its_key(subject: Subject, crm: TargetLedger) -> None:
+    """Where it is to: and none of another key, another stream, or a later change."""
+    for stream, key in [
+        ("customers", "a"),
+        ("customers", "b"),
+        ("orders", "a"),
+        ("customers", "a"),
+        ("customers", "a"),
+    ]:
+        subject.append(stream, key)
+    one, two, three, four, five = read(crm).records
+    dead_id, batch_id, last_id = crm.claim(
+        Window(claims=[claim_of(one, two), claim_of(three), claim_of(four, five)], dead=[])
+    )
+    crm.settle([Settlement(batch_id=dead_id, dead=[refused_as(one), refused_as(two)])])
+    crm.settle([Settlement(batch_id=batch_id, dead=[refused_as(three)])])
+    before = set(subject.blocks())
+
+    crm.settle([Settlement(batch_id=last_id, accepted=[four], dead=[refused_as(five)], supersedes=True)])
+
+    assert before == {one.change_id, two.change_id, three.change_id}
+    assert set(subject.blocks()) == {two.change_id, three.change_id, five.change_id}
+    assert counts(subject) == {"captured": 5, "accepted": 1, "dead": 4}
+
+
+def test_without_being_told_to_an_accepted_state_closes_nothing(subject: Subject, crm: TargetLedger) -> None:
+    subject.append(key="a")
+    subject.append(key="a")
+    one, two = read(crm).records
+    (batch_id,) = crm.claim(Window(claims=[claim_of(one, two)]))
+
+    crm.settle([Settlement(batch_id=batch_id, accepted=[two], dead=[refused_as(one)])])
+
+    assert set(subject.blocks()) == {one.change_id}
+
+
 # --- holding and what is owed -----------------------------------------------------------------------------------------
 
 
@@ -826,6 +885,33 @@ def test_a_target_waits_until_it_may_be_tried(subject: Subject, status: str, hou
     (found,) = subject.ledger.owed({"crm": ["customers"]})
 
     assert (found.has_work, found.status, found.reason, found.waiting) == (True, status, "why", waiting)
+
+
+def test_what_was_set_aside_waits_and_what_is_pending_does_not(subject: Subject) -> None:
+    subject.ledger.register({"crm": "beginning"})
+    subject.append(key="a")
+    with subject.open("crm") as crm:
+        ((batch_id, _),) = claim_each(crm, read(crm)).items()
+        crm.settle([Settlement(batch_id=batch_id, finished=False, set_aside=True, attempts=3)])
+        crm.hold(status="active", reason="why", failed_runs=0, retry_at=subject.now() + timedelta(hours=1))
+        assert [left.set_aside for left in crm.leftovers()] == [1]
+        crm.settle([Settlement(batch_id=batch_id, finished=False, set_aside=False, attempts=1)])
+        assert [left.set_aside for left in crm.leftovers()] == [1]
+    assert owed(subject, "customers") == (True, False, True)
+
+    subject.append(key="b")
+
+    assert owed(subject, "customers") == (True, False, False)
+    assert owed(subject, "orders") == (True, False, True)
+
+
+def test_a_target_that_was_down_waits_with_all_that_is_pending(subject: Subject) -> None:
+    subject.ledger.register({"crm": "beginning"})
+    subject.append(key="a")
+    with subject.open("crm") as crm:
+        crm.hold(status="active", reason="why", failed_runs=1, retry_at=subject.now() + timedelta(hours=1))
+
+    assert owed(subject, "customers") == (True, False, True)
 
 
 # --- the fake against the real one ------------------------------------------------------------------------------------

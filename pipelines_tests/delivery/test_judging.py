@@ -59,7 +59,7 @@ def judged(what: Answer | NoAnswer | int, operation: RouteOperation, changes: li
 def test_no_answer_is_the_targets_fault(may_have_arrived: bool, unknown: bool) -> None:
     verdict = judged(no_answer("no way", may_have_arrived=may_have_arrived), UPSERT_MANY, THREE)
 
-    assert verdict == TargetFault(reason="no way", outcome_unknown=unknown)
+    assert verdict == TargetFault(reason="no way", outcome_unknown=unknown, may_be_the_records=unknown)
 
 
 @pytest.mark.parametrize("changes", [ONE, THREE], ids=["one record", "a batch"])

@@ -422,24 +422,26 @@ def test_when_not_one_record_is_decided_the_same_bytes_follow_under_the_same_key
     assert ids(sent.settlement.accepted) == [1, 2]
 
 
-def test_when_no_record_is_ever_decided_the_drain_defers() -> None:
+def test_when_no_record_is_ever_decided_the_batch_is_set_aside() -> None:
     lane = Lane(ScriptedTarget(item_wise(*[{1: 503, 2: 503}] * 1000)))
 
     sent = lane.send(rows(2), stream="items")
 
     assert not sent.settlement.finished
-    assert lane.halt.cause == "deferred"
+    assert (sent.settlement.set_aside, sent.set_aside) == (True, 2)
+    assert lane.gate.in_doubt
     assert sum(lane.clock.naps) <= 60.0
 
 
-def test_one_record_that_is_put_off_for_ever_defers_and_the_others_are_settled() -> None:
+def test_one_record_that_is_put_off_for_ever_is_set_aside_and_the_others_are_settled() -> None:
     lane = Lane(ScriptedTarget(item_wise(*[{2: 503}] * 1000)))
 
     sent = lane.send(rows(3), stream="items")
 
     assert ids(sent.settlement.accepted) == [1, 3]
     assert not sent.settlement.finished
-    assert lane.halt.cause == "deferred"
+    assert (sent.settlement.set_aside, sent.set_aside) == (True, 1)
+    assert lane.gate.halt is None
 
 
 def test_results_that_cannot_be_read_are_asked_for_again_under_the_same_key() -> None:

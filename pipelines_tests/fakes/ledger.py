@@ -3,7 +3,7 @@
 What it does is what `pipelines_tests/contracts/test_ledger.py` finds Postgres to do; that is its licence to stand in.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -53,6 +53,7 @@ class FakeBatch:
     state: Literal["claimed", "settled"] = "claimed"
     accepted: int = 0
     dead: int = 0
+    set_aside: int = 0
     attempts: int = 0
     status: int | None = None
     seconds: float | None = None
@@ -148,6 +149,7 @@ class FakeLedger(Ledger):
         self._targets: dict[str, _Target] = {}
         self._batches: list[FakeBatch] = []
         self._dead_letters: list[tuple[str, DeadRecord]] = []
+        self._closed_dead_letters: set[tuple[str, int]] = set()
         self._lock = Lock()
         if targets:
             self.register(targets)
@@ -236,6 +238,16 @@ class FakeLedger(Ledger):
         return tuple(self._dead_letters)
 
     @property
+    def open_dead_letters(self) -> tuple[tuple[str, DeadRecord], ...]:
+        """Those of the dead letters that nothing has closed."""
+        closed = self._closed_dead_letters
+        return tuple(one for one in self._dead_letters if (one[0], one[1].change.change_id) not in closed)
+
+    def close_dead_letter(self, target: str, change_id: int) -> None:
+        """Close a dead letter, as a redrive does, or a newer state."""
+        self._closed_dead_letters.add((target, change_id))
+
+    @property
     def settled(self) -> Mapping[str, frozenset[int]]:
         """The settled change ids of each target, those in closed gaps included."""
         return {target.name: frozenset(target.settled) for target in self._targets.values()}
@@ -293,11 +305,18 @@ class FakeLedger(Ledger):
                 held=row.holder is not None,
                 status=row.status,
                 reason=row.reason,
-                waiting=row.status == "paused" if row.retry_at is None else row.retry_at > self._clock.now(),
+                waiting=self._is_waiting(row, streams[name]),
             )
             for name, row in sorted(self._targets.items())
             if name in streams
         ]
+
+    def _is_waiting(self, row: _Target, streams: Sequence[str]) -> bool:
+        if row.retry_at is None:
+            return row.status == "paused"
+        if row.status == "active" and not row.failed_runs and self._is_owed_something(row, streams):
+            return False  # only what was set aside waits
+        return row.retry_at > self._clock.now()
 
     def _is_owed_something(self, row: _Target, streams: Sequence[str]) -> bool:
         taken = row.settled | row.claimed
@@ -367,10 +386,20 @@ class FakeTargetLedger(TargetLedger):
                         lane=batch.lane,
                         stream=batch.stream,
                         operation=batch.operation,
+                        set_aside=batch.set_aside,
                         changes=members,
                     )
                 )
         return leftovers
+
+    def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+        name = self._row.name
+        found: dict[tuple[str, str], int] = {}
+        for target, record in self._ledger.open_dead_letters:
+            key = (record.change.stream, record.change.key)
+            if target == name and key in keys:
+                found[key] = min(found.get(key, record.change.change_id), record.change.change_id)
+        return found
 
     def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
         row = self._row
@@ -444,6 +473,7 @@ class FakeTargetLedger(TargetLedger):
         row.accepted += len(accepted)
         row.filtered += len(filtered)
         self._bury(row, dead)
+        self._supersede(row, [change for s in settlements if s.supersedes for change in s.accepted])
         batches = {batch.batch_id: batch for batch in self._ledger._batches if batch.target == row.name}
         for settlement in settlements:
             batch = batches.get(settlement.batch_id)
@@ -457,6 +487,7 @@ class FakeTargetLedger(TargetLedger):
             batch.state = "settled"
         batch.accepted += len(settlement.accepted)
         batch.dead += len(settlement.dead)
+        batch.set_aside += settlement.set_aside
         batch.attempts += settlement.attempts
         batch.status = batch.status if settlement.status is None else settlement.status
         batch.seconds = batch.seconds if settlement.seconds is None else settlement.seconds
@@ -469,6 +500,13 @@ class FakeTargetLedger(TargetLedger):
     def _bury(self, row: _Target, dead: Sequence[DeadRecord]) -> None:
         row.dead += len(dead)
         self._ledger._dead_letters += [(row.name, record) for record in dead]
+
+    def _supersede(self, row: _Target, accepted: Sequence[ChangeRecord]) -> None:
+        newest = {(change.stream, change.key): change.change_id for change in sorted(accepted)}
+        for target, record in self._ledger.open_dead_letters:
+            older = record.change
+            if target == row.name and older.change_id < newest.get((older.stream, older.key), 0):
+                self._ledger.close_dead_letter(target, older.change_id)
 
     def check(self) -> None:
         _ = self._row

@@ -41,7 +41,7 @@ from distributary.target_state s, distributary.log_identity i
 where s.target = %(target)s
 
 -- name: leftovers
-select b.batch_id, b.lane, b.stream, b.operation,
+select b.batch_id, b.lane, b.stream, b.operation, b.set_aside,
        c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
 from distributary.batch b
 join distributary.target_state s on s.target = b.target
@@ -49,6 +49,13 @@ cross join lateral unnest(b.change_ids) with ordinality as member (change_id, po
 join distributary.change_log c on c.change_id = member.change_id
 where b.target = %(target)s and b.state = 'claimed' and s.claimed @> c.change_id
 order by b.batch_id, member.position
+
+-- name: blocked
+select d.stream, d.key, min(d.change_id)
+from unnest(%(streams)s::text[], %(record_keys)s::text[]) as k (stream, key)
+join distributary.dead_letter d
+  on d.target = %(target)s and d.stream = k.stream and d.key = k.key and d.state = 'open'
+group by d.stream, d.key
 
 -- name: pending
 -- One statement, so one snapshot: the rows and the oldest open transaction are seen at the same instant, which is what
@@ -142,9 +149,10 @@ returning (select coalesce(array_agg(batch_id order by batch_id), '{}') from wri
 -- name: settle
 with results as (
     select r.*
-    from unnest(%(batch_ids)s::bigint[], %(finished)s::bool[], %(accepted_each)s::int[], %(dead_each)s::int[],
-                %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[], %(errors)s::text[])
-         as r (batch_id, finished, accepted, dead, attempts, status_code, latency_ms, error)
+    from unnest(%(batch_ids)s::bigint[], %(finished)s::bool[], %(set_aside)s::bool[], %(accepted_each)s::int[],
+                %(dead_each)s::int[], %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[],
+                %(errors)s::text[])
+         as r (batch_id, finished, set_aside, accepted, dead, attempts, status_code, latency_ms, error)
 ),
 ids as (
     select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
@@ -166,6 +174,7 @@ written as (
         finished_at = case when e.batch_id is not null then clock_timestamp() end,
         accepted = b.accepted + r.accepted,
         dead = b.dead + r.dead,
+        set_aside = b.set_aside + r.set_aside::int,
         attempts = b.attempts + r.attempts,
         status_code = coalesce(r.status_code, b.status_code),
         latency_ms = coalesce(r.latency_ms, b.latency_ms),
@@ -186,11 +195,24 @@ where t.target = %(target)s and t.claimed @> ids.settled
 
 -- name: bury
 insert into distributary.dead_letter
-    (target, change_id, stream, key, operation, reason, status_code, response, attempts, run_id)
-select %(target)s, d.change_id, d.stream, d.key, d.operation, d.reason, d.status_code, d.response, d.attempts, %(run_id)s
+    (target, change_id, stream, key, operation, reason, status_code, response, attempts, blocked_by, run_id)
+select %(target)s, d.change_id, d.stream, d.key, d.operation, d.reason, d.status_code, d.response, d.attempts,
+       d.blocked_by, %(run_id)s
 from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text[], %(operations)s::text[],
-            %(reasons)s::text[], %(statuses)s::int[], %(responses)s::text[], %(attempts)s::int[])
-     as d (change_id, stream, key, operation, reason, status_code, response, attempts)
+            %(reasons)s::text[], %(statuses)s::int[], %(responses)s::text[], %(attempts)s::int[],
+            %(blocked_by)s::bigint[])
+     as d (change_id, stream, key, operation, reason, status_code, response, attempts, blocked_by)
+
+-- name: supersede
+-- What was accepted is newer than what was refused before it.
+update distributary.dead_letter d
+set state = 'superseded', updated_at = clock_timestamp()
+from (
+    select stream, key, max(change_id) as change_id
+    from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text[]) as a (change_id, stream, key)
+    group by stream, key
+) a
+where d.target = %(target)s and d.stream = a.stream and d.key = a.key and d.state = 'open' and d.change_id < a.change_id
 
 -- name: hold
 update distributary.target_state
@@ -211,21 +233,7 @@ with wanted as (
     from jsonb_each(%(streams)s::jsonb) as w (target, streams)
 )
 select s.target,
-       not isempty(s.claimed) or (
-           select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s
-           from (
-               select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted
-               from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
-               cross join lateral (
-                   select l.target, l.stream
-                   from distributary.change_log l
-                   where l.change_id >= lower(gap) and l.change_id < coalesce(upper(gap), 9223372036854775807)
-                   order by l.change_id
-                   limit %(long_tail)s
-               ) l
-               limit %(long_tail)s
-           ) tail
-       ) as has_work,
+       not isempty(s.claimed) or p.pending as has_work,
        exists (
            select
            from pg_locks k
@@ -235,9 +243,29 @@ select s.target,
        ) as held,
        s.status,
        s.reason,
-       coalesce(s.retry_at > clock_timestamp(), s.status = 'paused') as waiting
+       case
+           when s.retry_at is null then s.status = 'paused'
+           -- Only what was set aside waits: what is pending does not.
+           when s.status = 'active' and s.failed_runs = 0 and p.pending then false
+           else s.retry_at > clock_timestamp()
+       end as waiting
 from distributary.target_state s
 join wanted w on w.target = s.target
+cross join lateral (
+    select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s as pending
+    from (
+        select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted
+        from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+        cross join lateral (
+            select l.target, l.stream
+            from distributary.change_log l
+            where l.change_id >= lower(gap) and l.change_id < coalesce(upper(gap), 9223372036854775807)
+            order by l.change_id
+            limit %(long_tail)s
+        ) l
+        limit %(long_tail)s
+    ) tail
+) p
 order by s.target
 
 -- name: conservation
