@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.ledger import (
     LONG_TAIL,
+    Claim,
     Conservation,
     Ledger,
     LedgerConflict,
@@ -137,9 +138,12 @@ class PostgresTargetLedger(TargetLedger):
                 stream=stream,
                 operation=operation,
                 set_aside=set_aside,
-                changes=[ChangeRecord._make(row[5:]) for row in members],
+                idempotency_key=idempotency_key,
+                changes=[ChangeRecord._make(row[6:]) for row in members],
             )
-            for (batch_id, lane, stream, operation, set_aside), members in groupby(rows, key=lambda row: row[:5])
+            for (batch_id, lane, stream, operation, idempotency_key, set_aside), members in groupby(
+                rows, key=lambda row: row[:6]
+            )
         ]
 
     def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
@@ -176,12 +180,7 @@ class PostgresTargetLedger(TargetLedger):
             self._execute("set_fence", last=row[0], read=read)
 
     def claim(self, window: Window) -> Sequence[int]:
-        claimed: list[int] = []
-        firsts: list[int] = []
-        for claim in window.claims:
-            firsts.append(len(claimed) + 1)
-            claimed += [change.change_id for change in claim.changes]
-        lasts = [first - 1 for first in firsts[1:]] + [len(claimed)] if firsts else []
+        claimed, firsts, lasts = _laid_end_to_end(window.claims)
         settled = [change.change_id for change in (*window.superseded, *window.filtered)]
         settled += [record.change.change_id for record in window.dead]
         self._refuse_repeats([*claimed, *settled])
@@ -208,6 +207,23 @@ class PostgresTargetLedger(TargetLedger):
         batch_ids: Sequence[int] = row[0]
         return batch_ids
 
+    def split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
+        members, firsts, lasts = _laid_end_to_end(parts)
+        row = self._execute(
+            "split",
+            batch_id=batch_id,
+            run_id=self._run_id,
+            operations=[part.operation for part in parts],
+            firsts=firsts,
+            lasts=lasts,
+            keys=[part.idempotency_key for part in parts],
+            members=members,
+        ).fetchone()
+        if row is None or row[0] is None:
+            raise LedgerConflict(f"{self._target}: the parts are not what is still claimed of batch {batch_id}.")
+        batch_ids: Sequence[int] = row[0]
+        return batch_ids
+
     def settle(self, settlements: Sequence[Settlement]) -> None:
         accepted = [change.change_id for s in settlements for change in s.accepted]
         filtered = [change.change_id for s in settlements for change in s.filtered]
@@ -218,7 +234,6 @@ class PostgresTargetLedger(TargetLedger):
             written = self._execute(
                 "settle",
                 batch_ids=[s.batch_id for s in settlements],
-                finished=[s.finished for s in settlements],
                 set_aside=[s.set_aside for s in settlements],
                 accepted_each=[len(s.accepted) for s in settlements],
                 dead_each=[len(s.dead) for s in settlements],
@@ -275,6 +290,17 @@ class PostgresTargetLedger(TargetLedger):
 
     def resume(self) -> None:
         self._execute("resume")
+
+
+def _laid_end_to_end(claims: Sequence[Claim]) -> tuple[list[int], list[int], list[int]]:
+    """Return all members' ids, and where in them each claim begins and ends, counted from 1."""
+    members: list[int] = []
+    firsts: list[int] = []
+    for claim in claims:
+        firsts.append(len(members) + 1)
+        members += [change.change_id for change in claim.changes]
+    lasts = [first - 1 for first in firsts[1:]] + [len(members)] if firsts else []
+    return members, firsts, lasts
 
 
 def _storable(text: str) -> str:

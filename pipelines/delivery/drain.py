@@ -20,13 +20,13 @@ from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.holding import Key, KeyHolds, key_of
 from pipelines.delivery.judging import JudgingRules
-from pipelines.delivery.ledger import Leftover, Settlement, TargetLedger, TargetState
+from pipelines.delivery.ledger import Claim, Leftover, Settlement, TargetLedger, TargetState
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, LeftoverPlan, plan_leftover, plan_window
+from pipelines.delivery.planning import Batch, LeftoverPlan, claim_of, plan_leftover, plan_window
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.report import DrainReport, End, Recorder
 from pipelines.delivery.routing import Route, RouteOperation
-from pipelines.delivery.sending import RetryPolicy, Sender, Sent
+from pipelines.delivery.sending import DrainEnded, RetryPolicy, Sender, Sent
 from pipelines.delivery.target import TargetClient
 
 _LONGEST_HOLD = 300.0
@@ -116,6 +116,15 @@ class _Work:
     """Runs that set it aside before."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A lane's request to write a batch down as several; it waits for the answer."""
+
+    batch_id: int
+    parts: Sequence[Claim]
+    answer: SimpleQueue[Sequence[int]] = field(default_factory=SimpleQueue)
+
+
 class _Lane(threading.Thread):
     """Sends one lane's batches one after another."""
 
@@ -189,6 +198,7 @@ class _Loop:
         self._last_batch = 0
         self._suspects_wait = False
         self._aside = _Aside()
+        self._failed = threading.Event()
         self._recorder = Recorder()
 
     def run(self) -> DrainReport:
@@ -196,6 +206,7 @@ class _Loop:
             self._send_leftovers(suspects=not self._unwell)
             self._deliver_pending()
         except BaseException:
+            self._failed.set()
             self._gate.stop("the drain failed")
             self._close_lanes()
             self._settle_what_came_late()
@@ -356,13 +367,27 @@ class _Loop:
         self._lanes[work.batch.lane % len(self._lanes)].work.put(work)
 
     def _dispatch_leftover(self, left: Leftover, plan: LeftoverPlan) -> None:
-        self._last_batch = max(self._last_batch, left.batch_id)
-        if plan.dead or plan.filtered or not plan.batches:
-            self._write_down(
-                [Settlement(batch_id=left.batch_id, dead=plan.dead, filtered=plan.filtered, finished=not plan.batches)]
-            )
-        for batch in plan.batches:
-            self._dispatch(_Work(left.batch_id, batch, left.set_aside))
+        if plan.dead or plan.filtered:
+            self._write_down([Settlement(batch_id=left.batch_id, dead=plan.dead, filtered=plan.filtered)])
+        if not plan.batches:
+            return
+        batch_ids: Sequence[int] = [left.batch_id]
+        claims = [claim_of(batch, log_id=self._log_id, target=self._policy.target) for batch in plan.batches]
+        if [claim.idempotency_key for claim in claims] != [left.idempotency_key]:
+            # Some of it is settled, or the mapping is another: what is sent is written down first, here too.
+            batch_ids = self._ledger.split(left.batch_id, claims)
+        self._last_batch = max(self._last_batch, *batch_ids)
+        for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
+            self._dispatch(_Work(batch_id, batch, left.set_aside))
+
+    def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
+        """Have the loop's thread write a batch down as *parts*: for the lanes, which wait."""
+        request = _Split(batch_id, parts)
+        self._results.put(request)
+        while not self._failed.is_set():
+            with suppress(Empty):
+                return request.answer.get(timeout=_LONGEST_DEAF)
+        raise DrainEnded
 
     def _settle_some(self) -> None:
         """Wait a moment for a result, then write down all there are in one commit."""
@@ -382,7 +407,13 @@ class _Loop:
                 broken = result  # after what the other lanes brought is written down
                 continue
             if isinstance(result, Settlement):
-                settlements.append(result)  # a part of a batch that is still out
+                settlements.append(result)  # of a part of a batch that is still out
+                continue
+            if isinstance(result, _Split):
+                if settlements:  # first, what is known of the whole
+                    self._write_down(settlements)
+                    settlements = []
+                result.answer.put(self._ledger.split(result.batch_id, result.parts))
                 continue
             assert isinstance(result, tuple)
             work, sent = result
@@ -435,6 +466,7 @@ class _Loop:
             retry=self._policy.retry,
             clock=self._clock,
             report=self._results.put,
+            split=self._split,
             holds=self._holds,
         )
         return sender, client

@@ -112,6 +112,8 @@ class Leftover:
     lane: int
     stream: str
     operation: OperationKind
+    idempotency_key: UUID
+    """That of all its members; of those that are left it may be another."""
     changes: Sequence[ChangeRecord]
     set_aside: int = 0
     """Runs that gave up on it while it might be its records' fault."""
@@ -119,7 +121,7 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """What became of a claimed batch. Members named nowhere stay claimed."""
+    """What became of a claimed batch. Members named nowhere stay claimed, and the batch with them."""
 
     batch_id: int
     accepted: Sequence[ChangeRecord] = ()
@@ -127,7 +129,6 @@ class Settlement:
     filtered: Sequence[ChangeRecord] = ()
     supersedes: bool = False
     """What was accepted closes the open dead letters of earlier changes of its keys."""
-    finished: bool = True
     set_aside: bool = False
     """It was given up on, and its records may be to blame."""
     attempts: int = 0
@@ -174,6 +175,13 @@ class TargetLedger(ABC):
         """Write a window down, in one transaction, and return the claims' batch ids in their order.
 
         If the window is `decided_up_to` an id, the gaps up to it close.
+        """
+
+    @abstractmethod
+    def split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
+        """Write down that a claimed batch goes on as *parts*, before any of them is sent; return their batch ids.
+
+        They take its place among the leftovers. Raises LedgerConflict unless they hold just what it still has claimed.
         """
 
     @abstractmethod

@@ -60,6 +60,17 @@ def _unrenderable(dead: Sequence[DeadRecord]) -> int:
     return sum(record.blocked_by is None for record in dead)
 
 
+def claim_of(batch: Batch, *, log_id: UUID, target: str) -> Claim:
+    """Return *batch* as it is written down before it is sent."""
+    return Claim(
+        lane=batch.lane,
+        stream=batch.route.stream,
+        operation=batch.operation.kind,
+        changes=batch.changes,
+        idempotency_key=idempotency_key(log_id, target, batch.operation.fingerprint, batch.changes),
+    )
+
+
 def lane_of(stream: str, key: str, *, lanes: int) -> int:
     """Return the lane of a key: always the same one, so its changes are sent one after another."""
     return crc32(key.encode(), crc32(stream.encode())) % lanes
@@ -93,16 +104,7 @@ def plan_window(
         if operation is not None and fragment is not None:
             batcher.add(route, operation, change, fragment)
     batches = batcher.close()
-    claims = [
-        Claim(
-            lane=batch.lane,
-            stream=batch.route.stream,
-            operation=batch.operation.kind,
-            changes=batch.changes,
-            idempotency_key=idempotency_key(log_id, target, batch.operation.fingerprint, batch.changes),
-        )
-        for batch in batches
-    ]
+    claims = [claim_of(batch, log_id=log_id, target=target) for batch in batches]
     window = Window(
         claims=claims, superseded=superseded, filtered=filtered, dead=dead, decided_up_to=pending.decided_up_to
     )

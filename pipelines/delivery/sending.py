@@ -1,5 +1,7 @@
 """Get one claimed batch to its target: retry, halve, fall back, until every record's fate is known or the run gives up.
 
+What is sent is what was written down: a batch that must go on in several requests is *split* in the ledger first, so
+that after a crash each goes out again under the key that it had.
 Whatever is known when the run gives up is reported; the rest stays claimed. What a record might be to blame for, though
 it looks like the target's fault (a 500, a time-out), is *set aside* if others succeed: it stays claimed under its key,
 and with it later changes of its keys; everything else goes on.
@@ -7,6 +9,7 @@ and with it later changes of its keys; everything else goes on.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 from uuid import UUID
@@ -19,7 +22,7 @@ from pipelines.delivery.gate import Permit, TargetGate
 from pipelines.delivery.holding import KeyHolds
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.judging import JudgingRules, judge
-from pipelines.delivery.ledger import Settlement
+from pipelines.delivery.ledger import Claim, Settlement
 from pipelines.delivery.outcome import (
     Accepted,
     DeadRecord,
@@ -33,7 +36,7 @@ from pipelines.delivery.outcome import (
     Verdict,
     blocked,
 )
-from pipelines.delivery.planning import Batch
+from pipelines.delivery.planning import Batch, claim_of
 from pipelines.delivery.retrying import backoff
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.target import Answer, TargetClient
@@ -54,6 +57,7 @@ class Sent:
     """What sending a batch came to."""
 
     settlement: Settlement
+    """Of the batch, or of the last part of it; what was known before was reported."""
     latencies: Sequence[float]
     """Seconds from request to answer, one for each answer."""
     retries: int
@@ -67,6 +71,8 @@ class Sent:
 class _Part:
     """Some of a batch's records, to be sent in one request."""
 
+    batch_id: int
+    """As what they are written down."""
     operation: RouteOperation
     changes: Sequence[ChangeRecord]
     fragments: Sequence[bytes]
@@ -75,42 +81,54 @@ class _Part:
     """Why these records, sent with others before, are still undecided: so they wait like any retry."""
 
     def pick(self, positions: Sequence[int]) -> "_Part":
-        return _Part(
-            self.operation,
-            [self.changes[i] for i in positions],
-            [self.fragments[i] for i in positions],
-            self.fallen_back,
+        return replace(
+            self,
+            changes=[self.changes[i] for i in positions],
+            fragments=[self.fragments[i] for i in positions],
         )
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What is known of a batch so far."""
+    """What is known so far: of the whole batch that was claimed, and of the part of it that is written down as one."""
 
+    batch_id: int
+    supersedes: bool
     accepted: list[ChangeRecord] = field(default_factory=list)
     dead: list[DeadRecord] = field(default_factory=list)
     filtered: list[ChangeRecord] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
     attempts: int = 0
-    retries: int = 0
     status: int | None = None
+    seconds: float | None = None
     error: str | None = None
+    suspect: bool = False
+    latencies: list[float] = field(default_factory=list)
+    retries: int = 0
     too_large: int | None = None
     set_aside: int = 0
-    suspect: bool = False
 
-    def hand_over(self, batch_id: int, *, supersedes: bool) -> Settlement:
-        """Return what is known so far, and forget it here."""
+    def hand_over(self, *, then: int | None = None) -> Settlement:
+        """Return what is known of the part, and forget it here; *then* is the part that comes next."""
         known = Settlement(
-            batch_id=batch_id,
+            batch_id=self.batch_id,
             accepted=self.accepted,
             dead=self.dead,
             filtered=self.filtered,
-            supersedes=supersedes,
-            finished=False,
+            supersedes=self.supersedes,
+            set_aside=self.suspect,
+            attempts=self.attempts,
+            status=self.status,
+            seconds=self.seconds,
+            error=self.error,
         )
+        self.batch_id = self.batch_id if then is None else then
         self.accepted, self.dead, self.filtered = [], [], []
+        self.attempts, self.status, self.seconds, self.error, self.suspect = 0, None, None, None, False
         return known
+
+
+class DrainEnded(Exception):
+    """The drain has failed elsewhere, and nothing more can be written down."""
 
 
 class _GaveUp(Exception):
@@ -135,6 +153,7 @@ class Sender:
         retry: RetryPolicy,
         clock: Clock,
         report: Callable[[Settlement], None] = lambda _: None,
+        split: Callable[[int, Sequence[Claim]], Sequence[int]],
         holds: KeyHolds | None = None,
     ) -> None:
         self._log_id = log_id
@@ -145,66 +164,76 @@ class Sender:
         self._retry = retry
         self._clock = clock
         self._report = report
+        self._split = split
         self._holds = KeyHolds() if holds is None else holds
 
     def send(self, batch_id: int, batch: Batch, *, suspect: bool = False) -> Sent:
         """Deliver *batch*, in order, as far as the target and the run allow.
 
-        Of a batch that needs several requests, what is known is reported before the next is sent: after a crash it must
-        not go out again under another key. A *suspect* was set aside by an earlier run: it is tried once.
+        Of a batch that needs several requests, what is known is reported before the next is sent. A *suspect* was set
+        aside by an earlier run: it is tried once.
         """
-        tally = _Tally()
-        supersedes = batch.route.on_dead == "supersede"
-        todo = deque([_Part(batch.operation, batch.changes, batch.fragments)])
-        finished = True
-        try:
+        tally = _Tally(batch_id, supersedes=batch.route.on_dead == "supersede")
+        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments)])
+        with suppress(_GaveUp, DrainEnded):
             while todo:
                 part = todo.popleft()
+                if part.batch_id != tally.batch_id or tally.accepted or tally.dead or tally.filtered:
+                    self._report(tally.hand_over(then=part.batch_id))
                 if not self._holds.empty:
-                    part = self._without_waiting_keys(part, batch_id, tally)
+                    waiting, part = self._set_waiting_keys_apart(part, batch, batch_id, tally)
+                    tally.set_aside += waiting
                 if part.changes:
-                    todo.extendleft(reversed(self._deliver(part, batch.route, tally, suspect=suspect)))
-                if todo and (tally.accepted or tally.dead or tally.filtered):
-                    self._report(tally.hand_over(batch_id, supersedes=supersedes))
-        except _GaveUp:
-            finished = False
-        settlement = Settlement(
-            batch_id=batch_id,
-            accepted=tally.accepted,
-            dead=tally.dead,
-            filtered=tally.filtered,
-            supersedes=supersedes,
-            finished=finished and not tally.set_aside,
-            set_aside=tally.suspect,
-            attempts=tally.attempts,
-            status=tally.status,
-            seconds=tally.latencies[-1] if tally.latencies else None,
-            error=tally.error,
-        )
+                    todo.extendleft(reversed(self._deliver(part, batch, tally, suspect=suspect)))
         return Sent(
-            settlement=settlement,
+            settlement=tally.hand_over(),
             latencies=tally.latencies,
             retries=tally.retries,
             too_large=tally.too_large,
             set_aside=tally.set_aside,
         )
 
-    def _without_waiting_keys(self, part: _Part, batch_id: int, tally: _Tally) -> _Part:
-        """Leave out what must wait for an earlier change of its key, and note it; that was never sent before."""
+    def _set_waiting_keys_apart(self, part: _Part, batch: Batch, claimed_as: int, tally: _Tally) -> tuple[int, _Part]:
+        """Leave out what must wait for an earlier change of its key: such a change was never sent, in no request.
+
+        Returns how many stay claimed, and what goes.
+        """
         going: list[int] = []
+        waiting: list[int] = []
         for position, change in enumerate(part.changes):
             if self._holds.is_held(change):
-                tally.set_aside += 1
-            elif (dead := self._holds.blocked_by(change, batch_id=batch_id)) is not None:
+                waiting.append(position)
+            elif (dead := self._holds.blocked_by(change, batch_id=claimed_as)) is not None:
                 tally.dead.append(blocked(change, dead))
             else:
                 going.append(position)
-        return part if len(going) == len(part.changes) else replace(part.pick(going), fault=part.fault)
+        if not going or len(going) == len(part.changes):
+            return len(waiting), part.pick(going)
+        parts = self._write_down(part, [going, waiting] if waiting else [going], batch, tally)
+        return len(waiting), parts[0]
 
-    def _deliver(self, part: _Part, route: Route, tally: _Tally, *, suspect: bool) -> list[_Part]:
+    def _write_down(self, part: _Part, pieces: Sequence[Sequence[int]], batch: Batch, tally: _Tally) -> list[_Part]:
+        """Have *part*, a batch in the ledger, stand there as *pieces* of it; what is known is written down first."""
+        self._report(tally.hand_over())
+        parts = [part.pick(positions) for positions in pieces]
+        claims = [
+            claim_of(
+                replace(batch, operation=one.operation, changes=one.changes, fragments=one.fragments),
+                log_id=self._log_id,
+                target=self._target,
+            )
+            for one in parts
+        ]
+        batch_ids = self._split(part.batch_id, claims)
+        tally.batch_id = batch_ids[0]
+        return [replace(one, batch_id=batch_id) for one, batch_id in zip(parts, batch_ids, strict=True)]
+
+    def _deliver(self, part: _Part, batch: Batch, tally: _Tally, *, suspect: bool) -> list[_Part]:
         """Send *part* and note what became of it; return what is to be sent in its place."""
+        route = batch.route
+        part, fault = replace(part, fault=None), part.fault
         try:
-            verdict = self._until_decided(part, tally, suspect=suspect)
+            verdict = self._until_decided(part, fault, tally, suspect=suspect)
         except _SetAside:
             self._holds.hold(part.changes)
             tally.set_aside += len(part.changes)
@@ -221,7 +250,7 @@ class Sender:
                 half = len(part.changes) // 2
                 if verdict.too_large:
                     tally.too_large = min(tally.too_large or len(part.changes), len(part.changes))
-                return [part.pick(range(half)), part.pick(range(half, len(part.changes)))]
+                return self._write_down(part, [range(half), range(half, len(part.changes))], batch, tally)
             case Fallback():
                 return self._fall_back(part, route, verdict.kind, tally)
             case Items():
@@ -231,15 +260,23 @@ class Sender:
                     accepted=[part.changes[i] for i in verdict.accepted],
                     rejected=[(part.changes[i], refusal) for i, refusal in verdict.rejected.items()],
                 )
-                instead: list[_Part] = []
-                if verdict.fallback:
-                    instead += self._fall_back(part.pick(verdict.fallback), route, self._other(part.operation), tally)
-                if verdict.retry:
-                    fault = TargetFault(reason=verdict.retry_reason, may_be_the_records=True)
-                    instead.append(replace(part.pick(verdict.retry), fault=fault))
-                return instead
+                return self._go_on(part, verdict, batch, tally)
             case _:  # pragma: no cover - _until_decided returns no other verdict
                 raise AssertionError(verdict)
+
+    def _go_on(self, part: _Part, items: Items, batch: Batch, tally: _Tally) -> list[_Part]:
+        """Return what is to be sent of a part of which some records are not decided."""
+        falling, again = part.pick(items.fallback), part.pick(items.retry)
+        if items.retry and len(items.retry) < len(part.changes):
+            pieces = [one for one in (items.fallback, items.retry) if one]
+            *first, again = self._write_down(part, pieces, batch, tally)
+            falling = first[0] if first else falling
+        instead: list[_Part] = []
+        if falling.changes:
+            instead += self._fall_back(falling, batch.route, self._other(part.operation), tally)
+        if again.changes:
+            instead.append(replace(again, fault=TargetFault(reason=items.retry_reason, may_be_the_records=True)))
+        return instead
 
     @staticmethod
     def _other(operation: RouteOperation) -> OperationKind:
@@ -265,7 +302,7 @@ class Sender:
             if fragment is None:
                 tally.filtered.append(change)
                 continue
-            parts.append(_Part(other, [change], [fragment], fallen_back=True))
+            parts.append(_Part(part.batch_id, other, [change], [fragment], fallen_back=True))
         return parts
 
     def _note(
@@ -286,7 +323,7 @@ class Sender:
             )
         self._gate.judge_records(accepted=len(accepted), dead=len(rejected))
 
-    def _until_decided(self, part: _Part, tally: _Tally, *, suspect: bool) -> Verdict:
+    def _until_decided(self, part: _Part, fault: TargetFault | None, tally: _Tally, *, suspect: bool) -> Verdict:
         """Send the same bytes under the same key until the answer is about the records; raises _GaveUp or _SetAside."""
         request = part.operation.request(part.changes, part.fragments)
         key = idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
@@ -300,13 +337,13 @@ class Sender:
             tally.retries += give_up_at is not None
             if isinstance(answer, Answer):
                 tally.latencies.append(answer.seconds)
-                tally.status = answer.status
+                tally.status, tally.seconds = answer.status, answer.seconds
             verdict = judge(
                 answer, operation=part.operation, changes=part.changes, rules=self._rules, now=self._clock.now()
             )
             return self._tell_gate(verdict, permit, tally, suspect=suspect)
 
-        verdict = part.fault or attempt(None)
+        verdict = fault or attempt(None)
         if isinstance(verdict, TargetFault):
             if suspect and verdict.may_be_the_records:
                 raise _SetAside

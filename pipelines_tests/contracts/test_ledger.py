@@ -1,6 +1,6 @@
 """What every ledger does, the one in Postgres and the fake that stands in for it: one suite over both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -499,7 +499,7 @@ def test_every_change_is_in_one_place_at_every_step(subject: Subject, crm: Targe
     assert counts(subject) == {"captured": 7, "superseded": 1, "filtered": 1, "dead": 1, "claimed": 4}
     assert read(crm).records == []
 
-    crm.settle([Settlement(batch_id=first, accepted=[one], finished=False, attempts=1)])
+    crm.settle([Settlement(batch_id=first, accepted=[one], attempts=1)])
     assert counts(subject) == {"captured": 7, "accepted": 1, "superseded": 1, "filtered": 1, "dead": 1, "claimed": 3}
 
     crm.settle(
@@ -538,7 +538,7 @@ def test_the_last_answer_of_a_batch_is_kept(subject: Subject, crm: TargetLedger)
     subject.append()
     ((batch_id, change),) = claim_each(crm, read(crm)).items()
 
-    crm.settle([Settlement(batch_id=batch_id, finished=False, attempts=3, status=503, seconds=0.5, error="503")])
+    crm.settle([Settlement(batch_id=batch_id, attempts=3, status=503, seconds=0.5, error="503")])
     crm.settle([Settlement(batch_id=batch_id, accepted=[change], attempts=1, status=200, seconds=0.25)])
 
     (row,) = subject.batches()
@@ -576,9 +576,7 @@ def test_of_a_partly_settled_batch_the_rest_is_left_over(subject: Subject, crm: 
         subject.append(key=str(n))
     one, two, three, four = read(crm).records
     first, second = crm.claim(Window(claims=[claim_of(four, three, one), claim_of(two)]))
-    crm.settle(
-        [Settlement(batch_id=first, accepted=[three], finished=False), Settlement(batch_id=second, accepted=[two])]
-    )
+    crm.settle([Settlement(batch_id=first, accepted=[three]), Settlement(batch_id=second, accepted=[two])])
 
     (leftover,) = crm.leftovers()
 
@@ -590,15 +588,109 @@ def test_of_a_partly_settled_batch_the_rest_is_left_over(subject: Subject, crm: 
 
 
 def test_a_batch_is_left_over_as_long_as_a_member_is_claimed(subject: Subject, crm: TargetLedger) -> None:
-    """Whoever calls it finished: a claimed change that no leftover names would never be sent again."""
+    """A claimed change that no leftover names would never be sent again."""
     subject.append()
     subject.append()
     one, two = read(crm).records
     (batch_id,) = crm.claim(Window(claims=[claim_of(one, two)]))
 
-    crm.settle([Settlement(batch_id=batch_id, accepted=[one], finished=True)])
+    crm.settle([Settlement(batch_id=batch_id, accepted=[one])])
 
     assert [list(leftover.changes) for leftover in crm.leftovers()] == [[two]]
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------
+
+
+def split_of(subject: Subject, crm: TargetLedger, *sizes: int) -> tuple[Sequence[ChangeRecord], int, Sequence[int]]:
+    """Claim a batch, split it into parts of *sizes*, and return its members, its id and theirs."""
+    for n in range(sum(sizes)):
+        subject.append(key=str(n))
+    members = read(crm).records
+    (whole,) = crm.claim(Window(claims=[claim_of(*members)]))
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(claim_of(*members[at : at + size]))
+        at += size
+    return members, whole, crm.split(whole, parts)
+
+
+def test_the_parts_of_a_batch_are_left_over_in_its_place(subject: Subject, crm: TargetLedger) -> None:
+    """Before a batch that was claimed later, and in the order of their members, however often they were split."""
+    members, _, (first, second) = split_of(subject, crm, 4, 2)
+    subject.append(key="later")
+    (later,) = crm.claim(Window(claims=[claim_of(*read(crm).records)]))
+    third, fourth = crm.split(first, [claim_of(*members[:2]), claim_of(*members[2:4])])
+
+    assert [(left.batch_id, ids(left.changes)) for left in crm.leftovers()][:3] == [
+        (third, ids(members[:2])),
+        (fourth, ids(members[2:4])),
+        (second, ids(members[4:])),
+    ]
+    assert [left.batch_id for left in crm.leftovers()][3:] == [later]
+    assert counts(subject) == {"captured": 7, "claimed": 7}
+
+
+def test_a_part_is_settled_like_any_batch(subject: Subject, crm: TargetLedger) -> None:
+    members, whole, (first, second) = split_of(subject, crm, 1, 2)
+
+    crm.settle([Settlement(batch_id=first, accepted=members[:1], attempts=1, status=200)])
+    crm.settle([Settlement(batch_id=second, dead=[refused_as(one) for one in members[1:]], attempts=2, status=400)])
+
+    assert crm.leftovers() == []
+    assert [(row.batch_id, row.state, row.attempts) for row in subject.batches()] == [
+        (whole, "split", 0),
+        (first, "settled", 1),
+        (second, "settled", 2),
+    ]
+    assert counts(subject) == {"captured": 3, "accepted": 1, "dead": 2}
+
+
+def test_only_what_is_still_claimed_of_a_batch_is_split(subject: Subject, crm: TargetLedger) -> None:
+    for n in range(3):
+        subject.append(key=str(n))
+    one, two, three = read(crm).records
+    (whole,) = crm.claim(Window(claims=[claim_of(one, two, three)]))
+    crm.settle([Settlement(batch_id=whole, accepted=[two])])
+
+    first, second = crm.split(whole, [claim_of(one), claim_of(three)])
+
+    assert [(left.batch_id, ids(left.changes)) for left in crm.leftovers()] == [
+        (first, ids([one])),
+        (second, ids([three])),
+    ]
+
+
+@pytest.mark.parametrize(
+    "mistake", ["too little", "too much", "twice", "settled", "split already", "another's", "none"]
+)
+def test_parts_that_are_not_the_whole_write_nothing(subject: Subject, crm: TargetLedger, mistake: str) -> None:
+    """What is in no batch would never be sent again; what is in two, twice."""
+    subject.ledger.register({"email": "beginning"})
+    for n in range(4):
+        subject.append(key=str(n))
+    one, two, three, other = read(crm).records
+    whole, _ = crm.claim(Window(claims=[claim_of(one, two, three), claim_of(other)]))
+    crm.settle([Settlement(batch_id=whole, accepted=[three])])
+    parts = {
+        "too little": [claim_of(one)],
+        "too much": [claim_of(one), claim_of(two), claim_of(other)],
+        "twice": [claim_of(one, two), claim_of(two)],
+        "settled": [claim_of(one, two), claim_of(three)],
+        "none": [],
+    }.get(mistake, [claim_of(one), claim_of(two)])
+    if mistake == "split already":
+        crm.split(whole, parts)
+    before = (subject.batches(), subject.claimed_ids("crm"))
+
+    if mistake == "another's":
+        with subject.open("email") as email, pytest.raises(LedgerConflict):
+            email.split(whole, parts)
+    else:
+        with pytest.raises(LedgerConflict):
+            crm.split(whole, parts)
+
+    assert (subject.batches(), subject.claimed_ids("crm")) == before
 
 
 # --- conflicts --------------------------------------------------------------------------------------------------------
@@ -892,10 +984,10 @@ def test_what_was_set_aside_waits_and_what_is_pending_does_not(subject: Subject)
     subject.append(key="a")
     with subject.open("crm") as crm:
         ((batch_id, _),) = claim_each(crm, read(crm)).items()
-        crm.settle([Settlement(batch_id=batch_id, finished=False, set_aside=True, attempts=3)])
+        crm.settle([Settlement(batch_id=batch_id, set_aside=True, attempts=3)])
         crm.hold(status="active", reason="why", failed_runs=0, retry_at=subject.now() + timedelta(hours=1))
         assert [left.set_aside for left in crm.leftovers()] == [1]
-        crm.settle([Settlement(batch_id=batch_id, finished=False, set_aside=False, attempts=1)])
+        crm.settle([Settlement(batch_id=batch_id, set_aside=False, attempts=1)])
         assert [left.set_aside for left in crm.leftovers()] == [1]
     assert owed(subject, "customers") == (True, False, True)
 
@@ -958,7 +1050,7 @@ class _Both:
         of: dict[str, list[ChangeRecord]] = {"claim": [], "superseded": [], "filtered": [], "dead": []}
         for change in found.records:
             of[self.random.choice(["claim", "claim", "claim", "superseded", "filtered", "dead"])].append(change)
-        claims = [claim_of(*of["claim"][i : i + 2]) for i in range(0, len(of["claim"]), 2)]
+        claims = [claim_of(*of["claim"][i : i + 3]) for i in range(0, len(of["claim"]), 3)]
         window = Window(
             claims=claims,
             superseded=of["superseded"],
@@ -977,12 +1069,20 @@ class _Both:
                 members = self.out[batch_id]
                 done = members if self.random.random() < 0.7 else members[:1]
                 self.out[batch_id] = [change for change in members if change not in done]
-                finished = not self.out[batch_id]
-                if finished:
+                if not self.out[batch_id]:
                     del self.out[batch_id]
-                settlements.append(Settlement(batch_id=batch_id, accepted=done, finished=finished, attempts=1))
+                settlements.append(Settlement(batch_id=batch_id, accepted=done, attempts=1))
         for ledger in crm:
             ledger.settle(settlements)
+
+    def split(self, crm: tuple[TargetLedger, TargetLedger]) -> None:
+        if several := [batch_id for batch_id, members in self.out.items() if len(members) > 1]:
+            batch_id = self.random.choice(several)
+            members = self.out.pop(batch_id)
+            parts = [claim_of(*members[:1]), claim_of(*members[1:])]
+            batch_ids = crm[0].split(batch_id, parts)
+            assert crm[1].split(batch_id, parts) == batch_ids
+            self.out |= {part_id: list(part.changes) for part_id, part in zip(batch_ids, parts, strict=True)}
 
     def compare(self, crm: tuple[TargetLedger, TargetLedger]) -> None:
         assert counts(self.real) == counts(self.fake)
@@ -1008,7 +1108,7 @@ def test_the_fake_does_as_postgres_does(seed: int, database: str) -> None:
             opened.append(ledger)
         crm = (opened[0], opened[1])
         for _ in range(60):
-            step = both.random.choice(["write", "write", "end", "claim", "claim", "settle"])
+            step = both.random.choice(["write", "write", "end", "claim", "claim", "settle", "split"])
             match step:
                 case "write":
                     both.write()
@@ -1018,4 +1118,6 @@ def test_the_fake_does_as_postgres_does(seed: int, database: str) -> None:
                     both.read_and_claim(crm)
                 case "settle":
                     both.settle(crm)
+                case "split":
+                    both.split(crm)
             both.compare(crm)

@@ -670,7 +670,7 @@ def test_only_what_is_still_unsettled_of_a_batch_is_sent_again() -> None:
     run(ledger, target, routes=routes)
 
     assert [members(request) for request in target.sent] == [[3, 4]]
-    assert [batch.state for batch in ledger.batches] == ["settled"]
+    assert [batch.state for batch in ledger.batches] == ["split", "settled", "settled"]
     assert_conserved(ledger, accepted=4)
 
 
@@ -698,7 +698,7 @@ def test_leftovers_of_an_operation_that_is_gone_are_delivered_by_the_one_in_its_
         ("POST", "/rows"),
         ("PATCH", "/rows/2"),
     ]
-    assert [batch.state for batch in ledger.batches] == ["settled"]
+    assert [batch.state for batch in ledger.batches] == ["split", "settled", "settled"]
     assert_conserved(ledger, accepted=2, filtered=0, claimed=0)
 
 

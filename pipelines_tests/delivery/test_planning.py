@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -366,7 +367,14 @@ def test_a_plan_is_whole_ordered_and_within_its_bounds(
 
 
 def left(changes: Sequence[ChangeRecord], *, operation: Any = "upsert", lane: int = 2) -> Leftover:
-    return Leftover(batch_id=5, lane=lane, stream=changes[0].stream, operation=operation, changes=changes)
+    return Leftover(
+        batch_id=5,
+        lane=lane,
+        stream=changes[0].stream,
+        operation=operation,
+        idempotency_key=uuid4(),
+        changes=changes,
+    )
 
 
 def again(plan: LeftoverPlan) -> list[tuple[str, int, list[int]]]:
@@ -417,10 +425,10 @@ def test_a_leftover_whose_operation_is_gone_goes_by_the_one_that_serves_it_now()
 def test_a_leftover_that_holds_a_key_twice_is_cut_there_once_its_items_are_judged_one_by_one() -> None:
     """Two answers for one key cannot be told apart: the whole batch would be undecided in each run, for ever."""
     changes = [change(1, "a"), change(2, "b"), change(3, "a"), change(4, "a"), change(5, "b")]
-    left = Leftover(batch_id=1, lane=0, stream="customers", operation="upsert", changes=changes)
+    written = left(changes)
     by_id = {"items": "$.results", "id": "id", "status": "status"}
 
-    plan = plan_leftover(left, routes=routes_of(customers={"mode": "event", "upsert": {**UPSERT, "results": by_id}}))
+    plan = plan_leftover(written, routes=routes_of(customers={"mode": "event", "upsert": {**UPSERT, "results": by_id}}))
 
     assert [ids(batch.changes) for batch in plan.batches] == [[1, 2], [3], [4, 5]]
 

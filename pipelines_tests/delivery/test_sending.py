@@ -15,7 +15,7 @@ from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.judging import JudgingRules
-from pipelines.delivery.ledger import Settlement
+from pipelines.delivery.ledger import Claim, Settlement
 from pipelines.delivery.planning import Batch
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
 from pipelines_tests.fakes.clock import FakeClock
@@ -47,6 +47,9 @@ class Lane:
     unwell: bool = False
     clock: FakeClock = field(default_factory=FakeClock)
     reported: list[Settlement] = field(default_factory=list)
+    written: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+    """The batches as which parts were written down, and their members."""
+    undecided: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate = TargetGate(
@@ -75,6 +78,7 @@ class Lane:
             retry=self.retry,
             clock=self.clock,
             report=self.reported.append,
+            split=self._split,
         )
         sent = sender.send(7, batch)
         told = [*self.reported, sent.settlement]
@@ -84,7 +88,14 @@ class Lane:
             dead=[one for part in told for one in part.dead],
             filtered=[one for part in told for one in part.filtered],
         )
+        known = {*ids(whole.accepted), *ids(whole.filtered), *dead_ids(replace(sent, settlement=whole))}
+        self.undecided = [one for one in ids(changes) if one not in known]
         return replace(sent, settlement=whole)
+
+    def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
+        first = 100 + len(self.written)
+        self.written += [(first + at, ids(part.changes)) for at, part in enumerate(parts)]
+        return range(first, first + len(parts))
 
     @property
     def halt(self) -> Halt:
@@ -134,7 +145,7 @@ def test_a_fault_of_the_target_is_answered_with_the_same_bytes_under_the_same_ke
     assert len(lane.target.sent) == 4
     assert_all_the_same(lane.target.sent)
     assert ids(sent.settlement.accepted) == [1, 2, 3]
-    assert sent.settlement.finished
+    assert lane.undecided == []
     assert sent.settlement.dead == []
     assert (sent.retries, sent.settlement.attempts) == (3, 4)
 
@@ -174,14 +185,15 @@ def test_after_max_elapsed_the_drain_defers_and_the_batch_stays_as_it_is() -> No
 
     sent = lane.send(rows(3))
 
-    assert not sent.settlement.finished
+    assert lane.undecided
     assert (sent.settlement.accepted, sent.settlement.dead) == ([], [])
     assert (lane.halt.cause, lane.halt.reason) == ("deferred", "answered 503")
     assert sum(lane.clock.naps) <= 60.0
     assert_all_the_same(lane.target.sent)
     requests = len(lane.target.sent)
     assert requests > 3
-    assert not lane.send([change(9)]).settlement.finished
+    lane.send([change(9)])
+    assert lane.undecided == [9]
     assert len(lane.target.sent) == requests
 
 
@@ -191,7 +203,7 @@ def test_a_budget_of_nought_is_one_attempt() -> None:
     sent = lane.send(rows(1))
 
     assert len(lane.target.sent) == 1
-    assert (sent.retries, sent.settlement.finished) == (0, False)
+    assert (sent.retries, len(lane.undecided)) == (0, 1)
 
 
 def test_a_retry_after_beyond_the_budget_defers_at_once_and_is_remembered() -> None:
@@ -222,7 +234,7 @@ def test_an_unwell_target_that_fails_its_probe_gets_exactly_one_request() -> Non
 
     assert len(lane.target.sent) == 1
     assert lane.halt.cause == "deferred"
-    assert (sent.retries, sent.settlement.finished) == (0, False)
+    assert (sent.retries, len(lane.undecided)) == (0, 3)
 
 
 # Credentials and configuration ----------------------------------------------------------------------------------------
@@ -241,7 +253,7 @@ def test_a_pause_sends_nothing_more_and_blames_no_record(status: int, cause: str
     assert len(lane.target.sent) == 1
     assert lane.halt.cause == cause
     for sent in (first, second):
-        assert not sent.settlement.finished
+        assert lane.undecided
         assert sent.settlement.dead == []
 
 
@@ -258,7 +270,7 @@ def test_a_record_that_is_refused_is_never_sent_a_second_time(status: int) -> No
     assert lane.clock.naps == ()
     (dead,) = sent.settlement.dead
     assert (dead.change.change_id, dead.status, dead.response) == (1, status, "bad e-mail")
-    assert sent.settlement.finished
+    assert lane.undecided == []
 
 
 def test_a_refusal_after_faults_is_the_records_and_the_breaker_is_closed_by_it() -> None:
@@ -296,7 +308,7 @@ def test_halving_finds_the_one_bad_record_and_the_others_are_accepted(count: int
     assert len(lane.target.sent) <= 2 * (count - 1).bit_length() + 1
     assert dead_ids(sent) == [bad]
     assert sorted(ids(sent.settlement.accepted)) == [i for i in range(1, count + 1) if i != bad]
-    assert sent.settlement.finished
+    assert lane.undecided == []
     assert sent.retries == 0
 
 
@@ -328,7 +340,29 @@ def test_a_half_that_was_accepted_is_reported_before_the_next_is_sent() -> None:
     lane.send(rows(4))
 
     assert known_at == {1: [], 3: [1, 2]}
-    assert not lane.reported[0].finished
+
+
+def test_what_is_sent_in_parts_is_written_down_as_parts_before() -> None:
+    """Else a part that was applied before a crash could go out again within another, under that one's key."""
+    lane = Lane(ScriptedTarget(refusing([5])))
+    written_at: dict[tuple[int, ...], list[Sequence[int]]] = {}
+    script = refusing([5])
+    lane.target = ScriptedTarget(
+        lambda request: (
+            written_at.update({tuple(members(request)): [part for _, part in lane.written]}) or script(request)
+        )  # type: ignore[func-returns-value]
+    )
+
+    lane.send(rows(8))
+
+    whole = tuple(range(1, 9))
+    assert written_at.pop(whole) == []
+    assert all(list(part) in written for part, written in written_at.items())
+    settled = {
+        part.batch_id: [*ids(part.accepted), *(dead.change.change_id for dead in part.dead)] for part in lane.reported
+    }
+    of_part = dict(lane.written)
+    assert all(set(known) <= set(of_part[batch_id]) for batch_id, known in settled.items() if known)
 
 
 def test_the_keys_of_the_halves_are_the_same_after_a_crash() -> None:
@@ -352,7 +386,7 @@ def test_an_outage_amid_the_halving_settles_what_is_known_and_keeps_the_rest() -
 
     assert ids(sent.settlement.accepted) == [1, 2, 3, 4]
     assert dead_ids(sent) == []
-    assert not sent.settlement.finished
+    assert lane.undecided
     assert lane.halt.cause == "deferred"
 
 
@@ -427,7 +461,7 @@ def test_when_no_record_is_ever_decided_the_batch_is_set_aside() -> None:
 
     sent = lane.send(rows(2), stream="items")
 
-    assert not sent.settlement.finished
+    assert lane.undecided
     assert (sent.settlement.set_aside, sent.set_aside) == (True, 2)
     assert lane.gate.in_doubt
     assert sum(lane.clock.naps) <= 60.0
@@ -439,7 +473,7 @@ def test_one_record_that_is_put_off_for_ever_is_set_aside_and_the_others_are_set
     sent = lane.send(rows(3), stream="items")
 
     assert ids(sent.settlement.accepted) == [1, 3]
-    assert not sent.settlement.finished
+    assert lane.undecided
     assert (sent.settlement.set_aside, sent.set_aside) == (True, 1)
     assert lane.gate.halt is None
 
@@ -482,7 +516,7 @@ def test_a_record_does_not_fall_back_and_forth() -> None:
 
     assert len(lane.target.sent) == 2
     assert dead_ids(sent) == [1]
-    assert sent.settlement.finished
+    assert lane.undecided == []
 
 
 def test_the_fallback_keeps_its_key_through_an_outage() -> None:
@@ -509,7 +543,7 @@ def test_items_fall_back_one_by_one_and_what_cannot_be_rendered_is_dead() -> Non
     assert [r.path for r in lane.target.sent] == ["/bulk", "/bulk/2", "/bulk/4"]
     assert ids(sent.settlement.accepted) == [1, 2]
     assert sorted(dead_ids(sent)) == [3, 4]
-    assert sent.settlement.finished
+    assert lane.undecided == []
 
 
 # Halts from elsewhere -------------------------------------------------------------------------------------------------
@@ -546,7 +580,7 @@ def test_a_stop_amid_the_halving_keeps_what_is_known() -> None:
     sent = lane.send(rows(4))
 
     assert ids(sent.settlement.accepted) == [1, 2]
-    assert not sent.settlement.finished
+    assert lane.undecided
 
 
 def test_what_is_known_of_the_last_answer_is_written_down() -> None:

@@ -15,6 +15,7 @@ from pipelines.changes.record import ChangeRecord, Operation
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import (
     LONG_TAIL,
+    Claim,
     Conservation,
     Ledger,
     LedgerConflict,
@@ -50,7 +51,8 @@ class FakeBatch:
     change_ids: tuple[int, ...]
     idempotency_key: UUID
     run_id: str
-    state: Literal["claimed", "settled"] = "claimed"
+    part_of: int | None = None
+    state: Literal["claimed", "settled", "split"] = "claimed"
     accepted: int = 0
     dead: int = 0
     set_aside: int = 0
@@ -377,7 +379,7 @@ class FakeTargetLedger(TargetLedger):
         row = self._row
         logged = {entry.record.change_id: entry.record for entry in self._ledger._log}
         leftovers = []
-        for batch in self._ledger._batches:
+        for batch in sorted(self._ledger._batches, key=lambda one: (one.part_of or one.batch_id, one.change_ids[0])):
             members = [logged[change_id] for change_id in batch.change_ids if change_id in row.claimed]
             if batch.target == row.name and batch.state == "claimed" and members:
                 leftovers.append(
@@ -386,6 +388,7 @@ class FakeTargetLedger(TargetLedger):
                         lane=batch.lane,
                         stream=batch.stream,
                         operation=batch.operation,
+                        idempotency_key=batch.idempotency_key,
                         set_aside=batch.set_aside,
                         changes=members,
                     )
@@ -443,8 +446,21 @@ class FakeTargetLedger(TargetLedger):
         row.superseded += len(window.superseded)
         row.filtered += len(window.filtered)
         self._bury(row, window.dead)
+        return self._write(row, window.claims)
+
+    def split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
+        row = self._row
+        whole = next((batch for batch in self._ledger._batches if batch.batch_id == batch_id), None)
+        members = sorted(change.change_id for part in parts for change in part.changes)
+        still = [] if whole is None else sorted(one for one in whole.change_ids if one in row.claimed)
+        if whole is None or whole.state != "claimed" or whole.target != row.name or members != still or not members:
+            raise LedgerConflict(f"{row.name}: the parts are not what is still claimed of batch {batch_id}.")
+        whole.state = "split"
+        return self._write(row, parts, part_of=whole.part_of or whole.batch_id)
+
+    def _write(self, row: _Target, claims: Sequence[Claim], *, part_of: int | None = None) -> list[int]:
         first = len(self._ledger._batches) + 1
-        for batch_id, claim in enumerate(window.claims, start=first):
+        for batch_id, claim in enumerate(claims, start=first):
             self._ledger._batches.append(
                 FakeBatch(
                     batch_id=batch_id,
@@ -455,9 +471,10 @@ class FakeTargetLedger(TargetLedger):
                     change_ids=tuple(change.change_id for change in claim.changes),
                     idempotency_key=claim.idempotency_key,
                     run_id=self._run_id,
+                    part_of=part_of,
                 )
             )
-        return list(range(first, first + len(window.claims)))
+        return list(range(first, first + len(claims)))
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
         row = self._row
@@ -482,8 +499,8 @@ class FakeTargetLedger(TargetLedger):
 
     @staticmethod
     def _take_down(row: _Target, batch: FakeBatch, settlement: Settlement) -> None:
-        # A batch is not over while a member of it is claimed, whatever is said: nobody would ever send that one.
-        if settlement.finished and row.claimed.isdisjoint(batch.change_ids):
+        # A batch is not over while a member of it is claimed: nobody would ever send that one.
+        if batch.state == "claimed" and row.claimed.isdisjoint(batch.change_ids):
             batch.state = "settled"
         batch.accepted += len(settlement.accepted)
         batch.dead += len(settlement.dead)

@@ -41,14 +41,15 @@ from distributary.target_state s, distributary.log_identity i
 where s.target = %(target)s
 
 -- name: leftovers
-select b.batch_id, b.lane, b.stream, b.operation, b.set_aside,
+select b.batch_id, b.lane, b.stream, b.operation, b.idempotency_key, b.set_aside,
        c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
 from distributary.batch b
 join distributary.target_state s on s.target = b.target
 cross join lateral unnest(b.change_ids) with ordinality as member (change_id, position)
 join distributary.change_log c on c.change_id = member.change_id
 where b.target = %(target)s and b.state = 'claimed' and s.claimed @> c.change_id
-order by b.batch_id, member.position
+-- The parts of a batch come where it came, in the order of its members, which is that of their ids.
+order by coalesce(b.part_of, b.batch_id), b.change_ids[1], b.batch_id, member.position
 
 -- name: blocked
 select d.stream, d.key, min(d.change_id)
@@ -146,13 +147,41 @@ from ids
 where t.target = %(target)s and not (t.settled + t.claimed && ids.claimed + ids.settled)
 returning (select coalesce(array_agg(batch_id order by batch_id), '{}') from written)
 
+-- name: split
+-- Only if the parts hold just what is still claimed of the whole: what is in no batch would never be sent again.
+with parts as (
+    select p.*
+    from unnest(%(operations)s::text[], %(firsts)s::int[], %(lasts)s::int[], %(keys)s::uuid[])
+         with ordinality as p (operation, first, last, key, position)
+),
+whole as (
+    update distributary.batch b
+    set state = 'split', finished_at = clock_timestamp()
+    from distributary.target_state t
+    where b.batch_id = %(batch_id)s and b.target = %(target)s and b.state = 'claimed' and t.target = b.target
+      and (select array_agg(id order by id) from unnest(b.change_ids) as id where t.claimed @> id)
+          = (select array_agg(id order by id) from unnest(%(members)s::bigint[]) as id)
+    returning b.*
+),
+written as (
+    insert into distributary.batch
+        (target, lane, stream, operation, change_ids, idempotency_key, run_id, part_of)
+    select w.target, w.lane, w.stream, p.operation, (%(members)s::bigint[])[p.first:p.last], p.key, %(run_id)s,
+           coalesce(w.part_of, w.batch_id)
+    from whole w
+    cross join parts p
+    order by p.position
+    returning batch_id
+)
+select array_agg(batch_id order by batch_id) from written
+
 -- name: settle
 with results as (
     select r.*
-    from unnest(%(batch_ids)s::bigint[], %(finished)s::bool[], %(set_aside)s::bool[], %(accepted_each)s::int[],
+    from unnest(%(batch_ids)s::bigint[], %(set_aside)s::bool[], %(accepted_each)s::int[],
                 %(dead_each)s::int[], %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[],
                 %(errors)s::text[])
-         as r (batch_id, finished, set_aside, accepted, dead, attempts, status_code, latency_ms, error)
+         as r (batch_id, set_aside, accepted, dead, attempts, status_code, latency_ms, error)
 ),
 ids as (
     select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
@@ -161,17 +190,17 @@ still as materialized (
     select t.claimed - ids.settled as claimed from distributary.target_state t, ids where t.target = %(target)s
 ),
 ended as (
-    -- Not if a member is still claimed, whatever was said: a batch that is not in flight is never sent again.
+    -- Not while a member is claimed: a batch that is not in flight is never sent again.
     select b.batch_id
     from results r
     join distributary.batch b on b.batch_id = r.batch_id
     cross join still
-    where r.finished and not exists (select from unnest(b.change_ids) as id where still.claimed @> id)
+    where b.state = 'claimed' and not exists (select from unnest(b.change_ids) as id where still.claimed @> id)
 ),
 written as (
     update distributary.batch b
     set state = case when e.batch_id is not null then 'settled' else b.state end,
-        finished_at = case when e.batch_id is not null then clock_timestamp() end,
+        finished_at = case when e.batch_id is not null then clock_timestamp() else b.finished_at end,
         accepted = b.accepted + r.accepted,
         dead = b.dead + r.dead,
         set_aside = b.set_aside + r.set_aside::int,
