@@ -16,7 +16,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.changes.config import SourceConfig
-from pipelines.delivery.config import BasicAuth, Secret, TargetConfig
+from pipelines.delivery.config import Secret, TargetConfig
 from pipelines.delivery.routing import Transform
 from pipelines.delivery.template import Place, place_text
 
@@ -125,8 +125,7 @@ def resolve_secret(secret: Secret, *, file: str, field: str, environ: Mapping[st
 
 def _secrets_of(config: TargetConfig) -> Iterator[tuple[Place, Secret]]:
     auth = config.auth
-    fields = ("username", "password") if isinstance(auth, BasicAuth) else ("token", "key")
-    for field in fields:
+    for field in ("username", "password", "token", "key", "client_id", "client_secret"):
         value = getattr(auth, field, None)
         if isinstance(value, Secret):
             yield ("auth", field), value

@@ -1,26 +1,30 @@
 """Target APIs over HTTP: one `httpx.Client` for each lane, behind the port of `pipelines.delivery.target`."""
 
 import base64
-import json
-import logging
-import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 from uuid import UUID
 
 import httpx
 
-from pipelines.delivery.config import ApiKeyAuth, BasicAuth, BearerAuth, Secret, TargetConfig
+from pipelines.delivery.config import (
+    ApiKeyAuth,
+    BasicAuth,
+    BearerAuth,
+    OAuth2ClientCredentialsAuth,
+    Secret,
+    TargetConfig,
+)
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
+from resources.http_wire import Wire, open_client, read_body
+from resources.oauth import Token, TokenEndpoint, TokenSource
+from resources.redaction import redact, redact_text, spellings
 
-_USER_AGENT = "distributary/0.1"
-_REDACTED = b"[redacted]"
-_SHORTEST_SECRET = 4
+# How targets say that a token has ended; 419, 440 and 498 are unofficial.
+_TOKEN_REFUSED = frozenset({401, 403, 419, 440, 498})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +36,24 @@ class Endpoint:
     query: str = field(repr=False, default="")
     """A part of every request's query, percent-encoded."""
     secrets: tuple[bytes, ...] = field(repr=False, default=())
+    tokens: TokenSource | None = field(repr=False, default=None)
+    """Shared by every lane of a drain, so that a token is renewed once for all of them."""
+    renew_on: frozenset[int] = _TOKEN_REFUSED
+    """Statuses that call for a newer token."""
     timeout_seconds: float = 15.0
     max_response_bytes: int = 1_000_000
 
 
 def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
-    """Resolve *config*'s auth and headers; *secret* returns an environment variable's value or raises ConfigError."""
-    headers: dict[str, str] = {"User-Agent": _USER_AGENT, "Accept": "application/json", "Accept-Encoding": "identity"}
+    """Resolve *config*'s auth and headers; *secret* returns an environment variable's value or raises ConfigError.
+
+    It is made once for a drain: its lanes share what it holds.
+    """
+    headers: dict[str, str] = {}
     query = ""
     secrets: list[str] = []
+    tokens: TokenSource | None = None
+    renew_on = _TOKEN_REFUSED - _meanings_of_their_own(config)
 
     def resolve(value: str | Secret) -> str:
         if isinstance(value, str):
@@ -53,8 +66,8 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
     if isinstance(auth, BearerAuth):
         headers["Authorization"] = f"Bearer {resolve(auth.token)}"
     elif isinstance(auth, BasicAuth):
-        username = resolve(auth.username)
-        secrets.clear()  # a name is none; redacted, it could be torn out of an answer that speaks of records
+        # The name is no secret; redacted, it could be torn out of an answer that speaks of records.
+        username = auth.username if isinstance(auth.username, str) else secret(auth.username.env)
         pair = f"{username}:{resolve(auth.password)}"
         encoded = base64.b64encode(pair.encode()).decode()
         secrets.append(encoded)
@@ -66,32 +79,39 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
             assert auth.query is not None  # the configuration asks for one of the two
             query = urlencode({auth.query: resolve(auth.key)})
             secrets.append(query.partition("=")[2])
+    elif isinstance(auth, OAuth2ClientCredentialsAuth):
+        client_id = auth.client_id if isinstance(auth.client_id, str) else secret(auth.client_id.env)
+        grants = TokenEndpoint(
+            url=auth.token_url,
+            client_id=client_id,
+            client_secret=resolve(auth.client_secret),
+            scope=auth.scope,
+            audience=auth.audience,
+            credentials_in_body=auth.client_authentication == "body",
+            timeout_seconds=config.timeout_seconds,
+            longest_retry_after=config.retry.max_retry_after,
+        )
+        # A token that is denied is no record's fault, even where the file takes a 401 for that.
+        tokens = TokenSource(grants.ask, denied_as=min(renew_on, default=407))
+        secrets.append(grants.basic())
     for name, value in config.headers.items():
         headers[name] = resolve(value)
     return Endpoint(
         base_url=str(config.base_url).rstrip("/"),
         headers=headers,
         query=query,
-        secrets=_spellings(secrets),
+        secrets=spellings(secrets),
+        tokens=tokens,
+        renew_on=renew_on,
         timeout_seconds=config.timeout_seconds,
         max_response_bytes=config.max_response_bytes,
     )
 
 
-def _spellings(secrets: Iterable[str]) -> tuple[bytes, ...]:
-    """Return *secrets* as a target may echo them: as they are, percent-encoded, in JSON with slashes escaped or not."""
-    found: set[str] = set()
-    for secret in secrets:
-        if len(secret) >= _SHORTEST_SECRET:
-            as_json = json.dumps(secret)[1:-1]
-            found |= {secret, quote(secret, safe=""), as_json, as_json.replace("/", "\\/")}
-    return tuple(sorted((one.encode() for one in found), key=len, reverse=True))
-
-
-@cache
-def _ssl_context() -> ssl.SSLContext:
-    """Read the certificates once: it takes longer than a request, and each lane has a client of its own."""
-    return httpx.create_ssl_context()
+def _meanings_of_their_own(config: TargetConfig) -> frozenset[int]:
+    """Return the statuses by which the target says something else than that a token has ended."""
+    sent_again = set(config.retryable_status_codes) - {401}  # sending it again is not enough if the token has ended
+    return frozenset(sent_again | set(config.success_on) | set(config.drop_on))
 
 
 class HttpTargetClient(TargetClient):
@@ -99,84 +119,90 @@ class HttpTargetClient(TargetClient):
 
     def __init__(self, endpoint: Endpoint, *, transport: httpx.BaseTransport | None = None) -> None:
         self._endpoint = endpoint
-        # It writes every URL down, the key in its query included.
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        self._client = httpx.Client(
+        self._wire = Wire()
+        self._client = open_client(
+            wire=self._wire,
             headers=endpoint.headers,
-            timeout=httpx.Timeout(endpoint.timeout_seconds),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
-            follow_redirects=False,
-            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a repeat is the same bytes
-            verify=_ssl_context(),
+            timeout_seconds=endpoint.timeout_seconds,
             transport=transport,
         )
 
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
+        """Send *request*; a second time at once if its token has ended, or if a kept connection had."""
+        tokens = self._endpoint.tokens
+        if tokens is None:
+            return self._exchange(request, key)
+        token = tokens.token()
+        if not isinstance(token, Token):
+            return token
+        answer = self._exchange(request, key, token)
+        if self._refuses_token(answer) and (newer := tokens.renew(token)) is not None:
+            if not isinstance(newer, Token):
+                return newer
+            token, answer = newer, self._exchange(request, key, newer)
+        if isinstance(answer, Answer) and answer.status < 500 and not self._refuses_token(answer):
+            token.accepted = True
+        return answer
+
+    def _refuses_token(self, answer: Answer | NoAnswer) -> bool:
+        return isinstance(answer, Answer) and answer.status in self._endpoint.renew_on
+
+    def _exchange(self, request: HttpRequest, key: UUID, token: Token | None = None) -> Answer | NoAnswer:
+        """Send *request* and read the answer, all within `timeout_seconds`."""
         started = time.monotonic()
+        give_up_at = started + self._endpoint.timeout_seconds
+        secrets = self._endpoint.secrets if token is None else self._endpoint.secrets + token.secrets
         headers = {"Idempotency-Key": str(key)}
         if request.content_type is not None:
             headers["Content-Type"] = request.content_type
         if request.compressed:
             headers["Content-Encoding"] = "gzip"
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token.value}"
         url = self._endpoint.base_url + request.path
         if self._endpoint.query:
             # Not as httpx's `params`: those take the place of the path's own query.
             url += ("&" if "?" in request.path else "?") + self._endpoint.query
-        try:
-            with self._client.stream(request.method, url, content=request.body, headers=headers) as response:
-                body, truncated = self._read(response, give_up_at=started + self._endpoint.timeout_seconds)
+        sent_before = False
+        while True:
+            self._wire.begin(give_up_at=give_up_at)
+            try:
+                with self._client.stream(request.method, url, content=request.body, headers=headers) as response:
+                    body, truncated = read_body(response, limit=self._endpoint.max_response_bytes)
                 return Answer(
                     status=response.status_code,
-                    headers={name.lower(): self._redact_text(value) for name, value in response.headers.items()},
-                    body=self._redact(body),
+                    headers={name.lower(): redact_text(value, secrets) for name, value in response.headers.items()},
+                    body=redact(body, secrets),
                     truncated=truncated,
                     seconds=time.monotonic() - started,
                 )
-        except httpx.InvalidURL as error:
-            # The base URL was checked when it was loaded, so it is the record's key that makes this one too long.
-            return Answer(status=414, body=f"not sent: {error}".encode())
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-            return self._no_answer(error, started, may_have_arrived=False)
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            return self._no_answer(error, started, may_have_arrived=True)
+            except httpx.InvalidURL as error:
+                # The base URL was checked when it was loaded, so it is the record's key that makes this one too long.
+                return Answer(status=414, body=f"not sent: {error}".encode())
+            except (httpx.HTTPError, httpx.StreamError, UnicodeError) as error:
+                broke = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+                if broke and self._wire.mute and not sent_before:
+                    # Most likely the target had closed the connection before the request was there (RFC 9112 §9.3.1).
+                    # If not, the key lets it tell a repeat, so the same goes out once more, on a new connection.
+                    sent_before = True
+                    continue
+                return self._no_answer(error, secrets, started, sent_before=sent_before)
 
-    def _read(self, response: httpx.Response, *, give_up_at: float) -> tuple[bytes, bool]:
-        """Return the body up to the limit, and whether it was cut: by its length, its time, or the connection.
-
-        The status is known by now, so a body that breaks off is an answer all the same.
-        """
-        chunks: list[bytes] = []
-        room = self._endpoint.max_response_bytes
-        try:
-            for chunk in response.iter_bytes():
-                chunks.append(chunk[:room])
-                room -= len(chunk)
-                if room < 0 or time.monotonic() > give_up_at:
-                    # Leaving the stream unread closes the connection; the next request opens another.
-                    return b"".join(chunks), True
-        except (httpx.HTTPError, httpx.StreamError):
-            return b"".join(chunks), True
-        return b"".join(chunks), False
-
-    def _no_answer(self, error: Exception, started: float, *, may_have_arrived: bool) -> NoAnswer:
-        if isinstance(error, httpx.ConnectTimeout):
-            what = f"no connection within {self._endpoint.timeout_seconds:g} s"
-        elif isinstance(error, httpx.TimeoutException):
-            what = f"no answer within {self._endpoint.timeout_seconds:g} s"
-        elif may_have_arrived:
-            what = f"the connection broke: {self._redact_text(str(error))[:200] or type(error).__name__}"
+    def _no_answer(
+        self, error: Exception, secrets: tuple[bytes, ...], started: float, *, sent_before: bool
+    ) -> NoAnswer:
+        never_left = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
+        never_left |= isinstance(error, UnicodeError) and not self._wire.spoke  # a host's name that is none
+        if isinstance(error, httpx.TimeoutException):
+            what = f"no {'connection' if never_left else 'answer'} within {self._endpoint.timeout_seconds:g} s"
         else:
-            what = f"cannot connect: {self._redact_text(str(error))[:200] or type(error).__name__}"
-        return NoAnswer(reason=what, may_have_arrived=may_have_arrived, seconds=time.monotonic() - started)
-
-    def _redact(self, text: bytes) -> bytes:
-        for secret in self._endpoint.secrets:
-            if secret in text:
-                text = text.replace(secret, _REDACTED)
-        return text
-
-    def _redact_text(self, text: str) -> str:
-        return self._redact(text.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
+            said = redact_text(str(error), secrets)[:200] or type(error).__name__
+            what = f"{'cannot connect' if never_left else 'the connection broke'}: {said}"
+        return NoAnswer(
+            reason=f"the connection was closed; then {what}" if sent_before and never_left else what,
+            may_have_arrived=sent_before or not never_left,
+            seconds=time.monotonic() - started,
+        )
 
     def close(self) -> None:
         self._client.close()

@@ -127,8 +127,39 @@ class ApiKeyAuth(Section):
         return self
 
 
-_AUTH_TYPES = ("none", "bearer", "basic", "api_key")
-_AUTH_NOT_BUILT = ("oauth2_client_credentials", "hmac", "standard_webhooks", "mtls")
+def _check_token_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        credentials, host, _ = "@" in parts.netloc, parts.hostname, parts.port
+    except ValueError as error:
+        raise refusal(f"is not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise refusal("is not a URL of the form https://host/path")
+    if credentials:
+        raise refusal("holds a user's name or password; take them out and write them as 'client_id', 'client_secret'")
+    if "#" in url:
+        raise refusal("has a fragment, which is never sent; remove it")
+    if not url.isascii() or re.search(r"[\s\x00-\x20\x7f\\]", url):
+        raise refusal("holds characters that a URL cannot; percent-encode them")
+    return url
+
+
+class OAuth2ClientCredentialsAuth(Section):
+    """`Authorization: Bearer <token>` with tokens from `token_url`, renewed ahead of their end and when refused."""
+
+    type: Literal["oauth2_client_credentials"]
+    token_url: Annotated[str, AfterValidator(_check_token_url)]
+    client_id: PlainOrSecret
+    client_secret: Secret
+    scope: Annotated[str, Field(min_length=1)] | None = None
+    """Several are separated by spaces."""
+    audience: Annotated[str, Field(min_length=1)] | None = None
+    client_authentication: Literal["basic", "body"] = "basic"
+    """Whether `client_id` and `client_secret` go to the token endpoint in a header or in the form (RFC 6749 §2.3.1)."""
+
+
+_AUTH_TYPES = ("none", "bearer", "basic", "api_key", "oauth2_client_credentials")
+_AUTH_NOT_BUILT = ("hmac", "standard_webhooks", "mtls")
 
 
 def _check_auth(value: Any) -> Any:
@@ -156,7 +187,8 @@ Auth = Annotated[
     Annotated[NoAuth, Tag("<none>")]
     | Annotated[BearerAuth, Tag("<bearer>")]
     | Annotated[BasicAuth, Tag("<basic>")]
-    | Annotated[ApiKeyAuth, Tag("<api_key>")],
+    | Annotated[ApiKeyAuth, Tag("<api_key>")]
+    | Annotated[OAuth2ClientCredentialsAuth, Tag("<oauth2_client_credentials>")],
     Discriminator(_auth_tag),
 ]
 
@@ -649,7 +681,7 @@ class TargetConfig(Section):
 
     def _check_headers_against_auth(self) -> None:
         taken = None
-        if isinstance(self.auth, BearerAuth | BasicAuth):
+        if isinstance(self.auth, BearerAuth | BasicAuth | OAuth2ClientCredentialsAuth):
             taken = "authorization"
         elif isinstance(self.auth, ApiKeyAuth) and self.auth.header is not None:
             taken = self.auth.header.lower()

@@ -122,6 +122,12 @@ def test_a_base_url_that_cannot_be_used_is_refused(url: str, problem: str):
 # Secrets, authentication, headers ------------------------------------------------------------------------------------
 
 TOKEN = {"env": "CRM_TOKEN"}
+OAUTH = {
+    "type": "oauth2_client_credentials",
+    "token_url": "https://id.example/token",
+    "client_id": "me",
+    "client_secret": TOKEN,
+}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,22 @@ TOKEN = {"env": "CRM_TOKEN"}
         {"type": "basic", "username": {"env": "CRM_USER"}, "password": TOKEN},
         {"type": "api_key", "header": "X-Api-Key", "key": TOKEN},
         {"type": "api_key", "query": "key", "key": TOKEN},
+        {
+            "type": "oauth2_client_credentials",
+            "token_url": "https://id.example/token/?tenant=7",
+            "client_id": "me",
+            "client_secret": TOKEN,
+            "client_authentication": "basic",
+        },
+        {
+            "type": "oauth2_client_credentials",
+            "token_url": "https://id.example/token",
+            "client_id": {"env": "CRM_CLIENT"},
+            "client_secret": TOKEN,
+            "scope": "read write",
+            "audience": "crm",
+            "client_authentication": "body",
+        },
     ],
 )
 def test_each_kind_of_auth_can_be_written(auth: dict[str, Any]):
@@ -149,8 +171,21 @@ def test_each_kind_of_auth_can_be_written(auth: dict[str, Any]):
         ({"type": "api_key", "key": TOKEN, "header": "X", "query": "x"}, "", "either a 'header' or a 'query'"),
         ({"type": "api_key", "key": TOKEN, "header": "X Y"}, "header", "not a header's name"),
         ({"type": "api_key", "key": TOKEN, "header": "Idempotency-Key"}, "header", "cannot be set here"),
-        ({"type": "oauth2_client_credentials"}, "type", "is not built yet; use one of none, bearer, basic, api_key"),
-        ({"type": "hmac"}, "type", "is not built yet"),
+        ({"type": "oauth2_client_credentials"}, "token_url", "Field required"),
+        (OAUTH | {"client_secret": "s3cret"}, "client_secret", "write {env: ITS_NAME}"),
+        (OAUTH | {"token_url": "id.example/token"}, "token_url", "not a URL of the form https://host/path"),
+        (OAUTH | {"token_url": "https://me:s3cret@id.example"}, "token_url", "holds a user's name or password"),
+        (OAUTH | {"token_url": "https://id.example/#top"}, "token_url", "has a fragment"),
+        (OAUTH | {"token_url": "https://id.example/to ken"}, "token_url", "percent-encode"),
+        (OAUTH | {"token_url": "https://id.example:port"}, "token_url", "is not a URL"),
+        (OAUTH | {"client_authentication": "jwt"}, "client_authentication", "'basic' or 'body'"),
+        (OAUTH | {"scope": ""}, "scope", "at least 1 character"),
+        (OAUTH | {"token": TOKEN}, "token", "not"),
+        (
+            {"type": "hmac"},
+            "type",
+            "is not built yet; use one of none, bearer, basic, api_key, oauth2_client_credentials",
+        ),
         ({"type": "standard_webhooks"}, "type", "is not built yet"),
         ({"type": "mtls"}, "type", "is not built yet"),
         ({"type": "berer"}, "type", "it is one of none, bearer"),
@@ -196,6 +231,7 @@ def test_headers_that_are_not_the_users_to_set_are_refused(headers: Any, problem
 
 def test_an_authorization_header_may_be_set_where_auth_does_not():
     assert target(headers={"Authorization": TOKEN}).headers["Authorization"] == Secret(env="CRM_TOKEN")
+    assert refused(target, auth=OAUTH, headers={"authorization": TOKEN})[0] == "headers.authorization"
     key = {"type": "api_key", "key": TOKEN, "header": "X-Api-Key"}
     assert refused(target, auth=key, headers={"x-api-key": "x"})[0] == "headers.x-api-key"
 

@@ -9,9 +9,12 @@ A request is *applied* where a real API would have changed its data: on a 2xx, u
 
 import contextlib
 import gzip
+import io
 import json
+import select
 import socket
 import socketserver
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -69,14 +72,26 @@ class Reply:
     """Withhold the answer until this is set, or the server is closed."""
     drop: Literal["before", "after"] | None = None
     """Close the connection, before or after applying the request, without an answer."""
+    by: Literal["close", "reset", "half_close"] = "close"
+    """How a connection is dropped: in order, by a TCP reset, or for sending alone, and then whatever comes is read."""
+    interim: tuple[int, float] = (0, 0.0)
+    """So many `102 Processing` before the answer, so many seconds apart."""
+    head_pace: float | None = None
+    """Send the status line and the headers byte by byte, so many seconds apart."""
     pace: float | None = None
     """Send the body byte by byte, so many seconds apart."""
     cut: int | None = None
     """Promise the whole body, send so many bytes of it, and close."""
     raw: bytes | None = None
     """Send this in place of an HTTP answer, and close."""
+    idle: float | None = None
+    """Close the connection unannounced after so many seconds without a request; 0 is right after the answer."""
     applies: bool | None = None
     """Default: if the status is 2xx."""
+    applies_to: Collection[int] | None = None
+    """The positions of the records that take effect, if not all."""
+    applies_late: bool = False
+    """Take effect after `delay` and `hold`, when the client may have given up and gone on."""
 
     @classmethod
     def json(cls, document: Any, *, status: int = 200, **more: Any) -> Self:
@@ -92,9 +107,12 @@ Script = Reply | Iterable[Reply] | Callable[[Request], Reply]
 class HttpApi:
     """The server; it listens from the beginning to the end of its `with` block, or until `close`."""
 
-    def __init__(self, script: Script = (), *, port: int = 0) -> None:
+    def __init__(self, script: Script = (), *, port: int = 0, keep: bool = True) -> None:
+        """Listen on *port* (0: a free one); without *keep*, requests are counted and forgotten."""
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
+        self._keep = keep
+        self._count = 0
         self._requests: list[Request] = []
         self._applied: list[Request] = []
         self.closing = threading.Event()
@@ -146,8 +164,8 @@ class HttpApi:
     def wait_for(self, count: int, *, seconds: float = 10.0) -> list[Request]:
         """Wait until *count* requests have arrived and return them; raises TimeoutError."""
         with self._arrived:
-            if not self._arrived.wait_for(lambda: len(self._requests) >= count, seconds):
-                raise TimeoutError(f"{len(self._requests)} of {count} requests arrived in {seconds} s")
+            if not self._arrived.wait_for(lambda: self._count >= count, seconds):
+                raise TimeoutError(f"{self._count} of {count} requests arrived in {seconds} s")
             return list(self._requests)
 
     def wait_until_left(self, *, seconds: float = 10.0) -> None:
@@ -172,17 +190,21 @@ class HttpApi:
     def _take(self, request: Request) -> tuple[Request, Reply]:
         """Note a request and find its reply. A function may block; replies in order are dealt out in order."""
         with self._arrived:
-            request = replace(request, number=len(self._requests))
-            self._requests.append(request)
+            request = replace(request, number=self._count)
+            self._count += 1
+            if self._keep:
+                self._requests.append(request)
             self._arrived.notify_all()
             function = self._function
             if self._in_order:
                 return request, function(request)
         return request, function(request)
 
-    def _apply(self, request: Request) -> None:
-        with self._lock:
-            self._applied.append(request)
+    def _apply(self, request: Request, reply: Reply) -> None:
+        """Note that *request* took effect, by *reply* perhaps not with all of its records."""
+        if self._keep:
+            with self._lock:
+                self._applied.append(request)
 
 
 class _Server(ThreadingHTTPServer):
@@ -194,6 +216,7 @@ class _Server(ThreadingHTTPServer):
         self.api = api
         self.accepted = 0
         self._open: set[socket.socket] = set()
+        self._to_reset: set[socket.socket] = set()
         self._open_changed = threading.Condition()
         super().__init__(address, _Handler)
 
@@ -208,8 +231,20 @@ class _Server(ThreadingHTTPServer):
             self.accepted += 1
         super().process_request(request, client_address)
 
+    def reset(self, request: socket.socket) -> None:
+        """Let a connection end by a TCP reset, which also throws away what the client has not read yet."""
+        with self._open_changed:
+            self._to_reset.add(request)
+
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        with self._open_changed:
+            resets = request in self._to_reset
+            self._to_reset.discard(request)
+        if resets:
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_request(request)
+        else:
+            super().shutdown_request(request)
         with self._open_changed:
             self._open.discard(request)
             self._open_changed.notify_all()
@@ -251,17 +286,20 @@ class _Handler(BaseHTTPRequestHandler):
         )
         request, reply = self.server.api._take(arrived)
         if reply.drop == "before":
-            self.close_connection = True
+            self._drop(reply)
             return
-        if reply.applies if reply.applies is not None else 200 <= reply.status < 300:
-            self.server.api._apply(request)
+        applies = reply.applies if reply.applies is not None else 200 <= reply.status < 300
+        if applies and not reply.applies_late:
+            self.server.api._apply(request, reply)
         if reply.delay:
             self.server.api.closing.wait(reply.delay)
         if reply.hold is not None:
-            while not reply.hold.wait(0.02) and not self.server.api.closing.is_set():
+            while not (reply.hold.wait(0.02) or self.server.api.closing.is_set() or self._is_left()):
                 pass
+        if applies and reply.applies_late:
+            self.server.api._apply(request, reply)
         if reply.drop == "after":
-            self.close_connection = True
+            self._drop(reply)
             return
         if reply.raw is not None:
             self.wfile.write(reply.raw)
@@ -269,36 +307,72 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(reply)
 
+    def _drop(self, reply: Reply) -> None:
+        self.close_connection = True
+        if reply.by == "reset":
+            self.server.reset(self.connection)
+        elif reply.by == "half_close":
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(65536):
+                pass
+
+    def _is_left(self) -> bool:
+        """Whether the client has closed its end: no answer will be read any more."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        with contextlib.suppress(ConnectionError):
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        return True
+
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
 
     def _answer(self, reply: Reply) -> None:
+        times, pace = reply.interim
+        for _ in range(times):
+            self.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            self.wfile.flush()
+            if self.server.api.closing.wait(pace):
+                return
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
         if isinstance(reply.body, bytes):
             self.send_header("Content-Length", str(len(reply.body)))
-            self.end_headers()
+            self._end_head(reply)
             for piece in self._pieces(reply, reply.body):
                 self.wfile.write(piece)
         else:
             self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
+            self._end_head(reply)
             for piece in reply.body:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
+        if reply.idle == 0:
+            self.close_connection = True
+        elif reply.idle is not None:
+            self.connection.settimeout(reply.idle)
 
-    def _pieces(self, reply: Reply, body: bytes) -> Iterator[bytes]:
+    def _end_head(self, reply: Reply) -> None:
+        if reply.head_pace is None:
+            self.end_headers()
+            return
+        self.wfile, wire = io.BytesIO(), self.wfile
+        self.end_headers()
+        self.wfile, head = wire, self.wfile.getvalue()
+        for piece in self._byte_by_byte(head, reply.head_pace):
+            self.wfile.write(piece)
+
+    def _pieces(self, reply: Reply, body: bytes) -> Iterable[bytes]:
         if reply.cut is not None:
             body = body[: reply.cut]
             self.close_connection = True
-        if reply.pace is None:
-            yield body
-            return
-        for byte in body:
+        return [body] if reply.pace is None else self._byte_by_byte(body, reply.pace)
+
+    def _byte_by_byte(self, text: bytes, pace: float) -> Iterator[bytes]:
+        for byte in text:
             yield bytes([byte])
             self.wfile.flush()
-            if self.server.api.closing.wait(reply.pace):
+            if self.server.api.closing.wait(pace):
                 return
 
     def log_message(self, format: str, *args: Any) -> None:

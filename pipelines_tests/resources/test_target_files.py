@@ -10,7 +10,7 @@ from pipelines.delivery.catalog import TargetMisconfigured
 from pipelines.delivery.drain import RateLimit
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer
-from pipelines_tests.fakes.http_server import HttpApi
+from pipelines_tests.fakes.http_server import HttpApi, Reply, Request
 from resources.config_files import ConfigError
 from resources.target_files import FileTargetCatalog
 
@@ -108,3 +108,43 @@ def test_each_lane_gets_a_client_of_its_own_that_speaks_to_the_target(folder, mo
         assert [answer.status for answer in answers if isinstance(answer, Answer)] == [200, 200]
         assert [request.headers["authorization"] for request in api.requests] == ["Bearer s3cret-token"] * 2
         assert api.connections == 2
+
+
+def test_the_lanes_of_an_oauth_target_share_one_token(folder, monkeypatch):
+    """Its secrets are resolved like any other, and missing ones named with file and field."""
+    tokens = []
+
+    def answer(request: Request) -> Reply:
+        if request.path == "/token":
+            tokens.append(request)
+            return Reply.json({"access_token": "t0ken-of-an-hour", "token_type": "bearer", "expires_in": 3600})
+        return Reply(status=200 if request.headers["authorization"] == "Bearer t0ken-of-an-hour" else 401)
+
+    with HttpApi(answer) as api:
+        write(
+            folder,
+            "crm",
+            f"""\
+            name: crm
+            base_url: {api.url}
+            auth:
+              type: oauth2_client_credentials
+              token_url: {api.url}/token
+              client_id: {{env: CLIENT_ID}}
+              client_secret: {{env: CLIENT_SECRET}}
+            routes: {{people: {{upsert: {{path: /people}}}}}}
+            """,
+        )
+        monkeypatch.setenv("CLIENT_ID", "distributary")
+        with pytest.raises(TargetMisconfigured, match=r"crm\.yaml.*auth\.client_secret.*CLIENT_SECRET"):
+            FileTargetCatalog.load(folder).destination("crm")
+        monkeypatch.setenv("CLIENT_SECRET", "s3cret")
+        destination = FileTargetCatalog.load(folder).destination("crm")
+        lanes = [destination.connect() for _ in range(3)]
+
+        answers = [lane.send(HttpRequest(method="POST", path="/people", body=b"{}"), key=uuid4()) for lane in lanes]
+
+        for lane in lanes:
+            lane.close()
+    assert [one.status for one in answers if isinstance(one, Answer)] == [200, 200, 200]
+    assert len(tokens) == 1
