@@ -35,6 +35,15 @@ def yaml_blocks(file: str) -> list[str]:
     return re.findall(r"```yaml\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_file_that_a_page_points_at_is_there(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:pipelines|pipelines_tests|resources|benchmarks|docs|demo|soak)/[\w./]*)`", text))
+    linked = {f"docs/{link}" for link in re.findall(r"\]\(([\w./-]+\.md)", text) if not link.startswith("..")}
+
+    assert {path for path in named | linked if not (ROOT / path).exists()} == set()
+
+
 @pytest.mark.parametrize("option", sorted(set(options())))
 def test_every_option_is_described(option: str) -> None:
     assert re.search(rf"`[^`]*\b{option}\b[^`]*`", (ROOT / "docs/configuration.md").read_text())

@@ -1,4 +1,4 @@
-"""Every row of the table in docs/faults.md as behaviour of a drain. A row without a test fails, and a test without a row."""
+"""Every row of the table in docs/faults.md as behaviour; a row without a test fails, and a test without a row too."""
 
 import json
 import random
