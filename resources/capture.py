@@ -148,10 +148,15 @@ def rows_query(table: CapturedTable) -> sql.Composed:
     To be run after `apply_settings`, or values may be written in another way.
     """
     return sql.SQL("select {key} as key, payload from (select {payload} as payload from {table} t) as r").format(
-        key=_key_text(table, "payload"),
-        payload=sql.SQL("to_jsonb(t) - {}").format(_names(table.exclude)),
+        key=key_text(table, "payload"),
+        payload=payload_of(table, "t"),
         table=table.identifier,
     )
+
+
+def payload_of(table: CapturedTable, alias: str) -> sql.Composable:
+    """Return the SQL of what enters the log of the row *alias*."""
+    return sql.SQL("to_jsonb({}) - {}").format(sql.SQL(alias), _names(table.exclude))
 
 
 def apply_settings(connection: psycopg.Connection) -> None:
@@ -178,8 +183,8 @@ def _function_body(connection: psycopg.Connection, table: CapturedTable) -> str:
             has_exclude=sql.Literal(bool(table.exclude)),
             recorded_columns=_names(named),
             attribute_numbers=sql.SQL("array[{}]::smallint[]").format(numbers),
-            before_key=_key_text(table, "before"),
-            after_key=_key_text(table, "after"),
+            before_key=key_text(table, "before"),
+            after_key=key_text(table, "after"),
             logs_insert=sql.Literal("insert" in table.operations),
             logs_update=sql.Literal("update" in table.operations),
             logs_delete=sql.Literal("delete" in table.operations),
@@ -190,7 +195,7 @@ def _function_body(connection: psycopg.Connection, table: CapturedTable) -> str:
     )
 
 
-def _key_text(table: CapturedTable, row: str) -> sql.Composable:
+def key_text(table: CapturedTable, row: str) -> sql.Composable:
     """Return the SQL of the key's text out of the jsonb *row*; several columns are an array, `["UA", 1545]`."""
     if len(table.key) == 1:
         return sql.SQL("{}::text").format(_column_text(table.key[0], row))
@@ -223,7 +228,7 @@ def _truncate(connection: psycopg.Connection, table: CapturedTable) -> sql.Compo
         " select {stream}, {key}, 'delete', r.row - $2"
         " from (select to_jsonb(t) || coalesce((select jsonb_object_agg(n.was, to_jsonb(t) -> n.now)"
         " from unnest({key_columns}, $1) n (was, now) where n.was <> n.now), '{{}}') as row from only "
-    ).format(stream=sql.Literal(table.stream), key=_key_text(table, "r.row"), key_columns=_names(table.key))
+    ).format(stream=sql.Literal(table.stream), key=key_text(table, "r.row"), key_columns=_names(table.key))
 
     def rows_of(relation: str) -> sql.Composable:
         return sql.SQL("execute {} || {} || ' t) r' using key_columns, excluded;").format(

@@ -49,6 +49,16 @@ join pg_type t on t.oid = typed.type and t.typtype <> 'd'
 where a.attrelid = %(relation)s::oid
 order by a.attnum
 
+-- name: key_types
+-- With their schemas, for whoever casts to them under another search path; 'character' alone would be one letter.
+select a.attname::text,
+    case when t.typnamespace = 'pg_catalog'::regnamespace then format_type(a.atttypid, a.atttypmod)
+         else format('%%I.%%I', n.nspname, t.typname) end
+from pg_attribute a
+join pg_type t on t.oid = a.atttypid
+join pg_namespace n on n.oid = t.typnamespace
+where a.attrelid = %(relation)s::oid and a.attnum = any(%(numbers)s::smallint[])
+
 -- name: unique_indexes
 select i.indisprimary as is_primary,
     i.indimmediate as immediate,

@@ -1,0 +1,272 @@
+"""Rows are appended as the triggers would write them, and never so that an older state comes after a newer one."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psycopg
+import pytest
+
+from pipelines.changes.config import SourceConfig
+from resources.capture import install_capture
+from resources.captured_table import find_tables
+from resources.source_rows import SourceRows, TableBusy
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
+
+
+def watch(connection: psycopg.Connection, table: str, ddl: str, key: str | list[str] = "id", **more: Any) -> SourceRows:
+    """Make a table, capture it, and return its rows."""
+    connection.execute(ddl)  # type: ignore[call-overload]
+    source = SourceConfig.model_validate({"tables": {table: {"key": key, **more}}})
+    install_capture(connection, source)
+    (found,) = find_tables(connection, source)
+    return SourceRows(connection, found)
+
+
+def log(connection: psycopg.Connection, *, target: str | None = None) -> list[tuple[str, str, Any]]:
+    """Return what is in the log, for all or addressed to a target, in order: operation, key, payload."""
+    rows = connection.execute(
+        "select operation, key, payload from distributary.change_log where target is not distinct from %s"
+        " order by change_id",
+        [target],
+    )
+    return rows.fetchall()
+
+
+KEYS: Any = [
+    ("id integer primary key", "id", "(1), (2), (10), (-3)"),
+    ("id text primary key", "id", "('b'), ('a'), ('é'), ('it''s \"quoted\"')"),
+    ("id numeric primary key", "id", "(1.50), (2), (-0.10)"),
+    ("id uuid primary key", "id", "(gen_random_uuid()), (gen_random_uuid())"),
+    ("id timestamptz primary key", "id", "('2026-01-01T00:00:00+02'), ('2025-06-01T12:30:00.123456Z')"),
+    ("id bytea primary key", "id", "('\\x00ff'), ('\\x01')"),
+    ("id bpchar(5) primary key", "id", "('ab'), ('b')"),
+    ("id mood primary key", "id", "('sad'), ('happy')"),
+    ("a integer, b text, primary key (b, a)", ["a", "b"], "(1, 'x'), (2, 'x'), (1, 'y')"),
+    ("a numeric, b timestamptz, primary key (a, b)", ["a", "b"], "(1.0, '2026-01-01Z'), (1.00, '2026-01-02Z')"),
+]
+
+
+@pytest.mark.parametrize(("columns", "key", "rows"), KEYS)
+def test_rows_are_appended_under_the_keys_and_with_the_payloads_that_triggers_write(
+    connection: psycopg.Connection, columns: str, key: Any, rows: str
+) -> None:
+    """For every kind of key: whole, in chunks of one, and by key."""
+    connection.execute("create type mood as enum ('sad', 'happy')")
+    names = ", ".join(key if isinstance(key, list) else [key])
+    table = watch(connection, "things", f"create table things ({columns}, note text default 'n')", key)
+    connection.execute(f"insert into things ({names}) values {rows}")  # type: ignore[call-overload]
+    captured = {(key, json.dumps(payload)) for _, key, payload in log(connection)}
+
+    chunk = table.append_chunk(target="whole", after=None, limit=100)
+    after, sizes = None, []
+    while True:
+        one = table.append_chunk(target="singly", after=after, limit=1)
+        sizes.append(one.rows)
+        if (after := one.last) is None:
+            break
+    found = table.append_present(target="by_key", keys=[key for key, _ in captured])
+
+    assert (chunk.rows, chunk.last) == (len(captured), None)
+    assert sizes == [1] * len(captured) + [0]
+    assert found == {key for key, _ in captured}
+    for target in ("whole", "singly", "by_key"):
+        appended = log(connection, target=target)
+        assert {operation for operation, _, _ in appended} == {"snapshot"}
+        assert {(key, json.dumps(payload)) for _, key, payload in appended} == captured
+        assert len(appended) == len(captured)
+
+
+def test_excluded_columns_stay_out(connection: psycopg.Connection) -> None:
+    table = watch(connection, "people", "create table people (id int primary key, secret text)", exclude=["secret"])
+    connection.execute("insert into people values (1, 'x')")
+
+    table.append_chunk(target="crm", after=None, limit=10)
+    table.append_states(target="crm", keys=["1"])
+
+    assert [payload for _, _, payload in log(connection, target="crm")] == [{"id": 1}, {"id": 1}]
+
+
+@pytest.mark.parametrize(("columns", "key", "rows"), KEYS)
+def test_what_has_no_row_is_appended_as_a_delete(
+    connection: psycopg.Connection, columns: str, key: Any, rows: str
+) -> None:
+    connection.execute("create type mood as enum ('sad', 'happy')")
+    names = ", ".join(key if isinstance(key, list) else [key])
+    table = watch(connection, "things", f"create table things ({columns})", key)
+    connection.execute(f"insert into things ({names}) values {rows}")  # type: ignore[call-overload]
+    captured = {key: payload for _, key, payload in log(connection)}
+    keys = list(captured)
+    connection.execute("alter table things disable trigger all")
+    connection.execute(f"delete from things where ({names}) = (select {names} from things order by 1 limit 1)")  # type: ignore[call-overload]
+
+    table.append_states(target="crm", keys=keys)
+
+    appended = {key: (operation, payload) for operation, key, payload in log(connection, target="crm")}
+    assert set(appended) == set(keys)
+    assert sorted(operation for operation, _ in appended.values()) == ["delete"] + ["snapshot"] * (len(keys) - 1)
+    for one, (_, payload) in appended.items():
+        assert payload == captured[one]
+
+
+def test_what_a_delete_is_to_hold_may_be_given(connection: psycopg.Connection) -> None:
+    table = watch(connection, "people", "create table people (id int primary key, name text)")
+
+    absent = table.append_absent(target="crm", keys=["1", "2"], payloads={"1": {"id": 1, "name": "Ada"}})
+
+    assert absent == {"1", "2"}
+    assert log(connection, target="crm") == [("delete", "1", {"id": 1, "name": "Ada"}), ("delete", "2", {"id": 2})]
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[[Callable[[], object]], Callable[[], object]]]:
+    threads: list[threading.Thread] = []
+
+    def start(function: Callable[[], object]) -> Callable[[], object]:
+        found: list[object] = []
+        threads.append(threading.Thread(target=lambda: found.append(function()), daemon=True))
+        threads[-1].start()
+
+        def result() -> object:
+            threads[-1].join(30)
+            return found[0]
+
+        return result
+
+    yield start
+    for thread in threads:
+        thread.join(30)
+
+
+def waits(connection: psycopg.Connection) -> bool:
+    """Wait until some session of this database waits for a lock."""
+    query = (
+        "select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock')"
+    )
+    for _ in range(2000):
+        row = connection.execute(query).fetchone()
+        if row is not None and row[0]:
+            return True
+    return False
+
+
+def test_a_row_that_is_being_changed_is_waited_for(
+    connection: psycopg.Connection, database: str, in_background: Any
+) -> None:
+    """The snapshot holds the new state, and its id comes after that change's."""
+    table = watch(connection, "people", "create table people (id int primary key, n int)")
+    connection.execute("insert into people values (1, 1)")
+    with psycopg.connect(database) as writer, psycopg.connect(database, autocommit=True) as other:
+        writer.execute("update people set n = 2")
+        appended = in_background(lambda: table.append_chunk(target="crm", after=None, limit=10))
+        assert waits(other)
+        writer.commit()
+
+        assert appended().rows == 1
+        everything = other.execute("select operation, payload ->> 'n' from distributary.change_log order by change_id")
+        assert everything.fetchall() == [("insert", "1"), ("update", "2"), ("snapshot", "2")]
+
+
+def test_a_change_waits_until_the_rows_record_is_committed(
+    database: str, connection: psycopg.Connection, in_background: Any
+) -> None:
+    with psycopg.connect(database) as loader, psycopg.connect(database, autocommit=True) as other:
+        watch(connection, "people", "create table people (id int primary key, n int)")
+        connection.execute("insert into people values (1, 1)")
+        (found,) = find_tables(loader, SourceConfig.model_validate({"tables": {"people": {"key": "id"}}}))
+        loader.commit()
+        with loader.transaction():
+            SourceRows(loader, found).append_present(target="crm", keys=["1"])
+            updated = in_background(lambda: connection.execute("update people set n = 2"))
+            assert waits(other)
+        updated()
+
+        everything = other.execute("select operation, payload ->> 'n' from distributary.change_log order by change_id")
+        assert everything.fetchall() == [("insert", "1"), ("snapshot", "1"), ("update", "2")]
+
+
+def test_a_delete_waits_for_an_insert_that_is_not_committed(
+    connection: psycopg.Connection, database: str, in_background: Any
+) -> None:
+    """Else the target could be told of the delete after the insert, which has the older change id."""
+    table = watch(connection, "people", "create table people (id int primary key)")
+    with psycopg.connect(database) as writer, psycopg.connect(database, autocommit=True) as other:
+        writer.execute("insert into people values (1)")
+        appended = in_background(lambda: table.append_absent(target="crm", keys=["1"]))
+        assert waits(other)
+        writer.commit()
+
+        assert appended() == set()
+        assert log(other, target="crm") == []
+
+
+def test_a_writer_that_never_ends_makes_it_give_up_and_not_the_application(
+    connection: psycopg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resources.source_rows._LOCK_TIMEOUT", "50ms")
+    table = watch(connection, "people", "create table people (id int primary key)")
+    with psycopg.connect(database) as writer:
+        writer.execute("insert into people values (1)")
+
+        with pytest.raises(TableBusy, match="people: canceling statement due to lock timeout"):
+            table.append_states(target="crm", keys=["1", "2"])
+
+    assert log(connection, target="crm") == []
+
+
+def test_beside_writers_no_older_state_ever_comes_after_a_newer_one(
+    connection: psycopg.Connection, database: str
+) -> None:
+    """Rows are updated, deleted and made anew while they are loaded and appended by key."""
+    table = watch(connection, "people", "create table people (id int primary key, version int)")
+    connection.execute("insert into people select n, 0 from generate_series(1, 40) n")
+    connection.execute("create sequence versions")
+    done = threading.Event()
+
+    def write(seed: int) -> None:
+        with psycopg.connect(database, autocommit=True) as writer:
+            n = seed
+            while not done.is_set():
+                n = (n * 7919 + seed) % 40 + 1
+                if n % 5 == 0:
+                    writer.execute("delete from people where id = %s", [n])
+                    writer.execute("insert into people values (%s, nextval('versions')) on conflict do nothing", [n])
+                else:
+                    writer.execute("update people set version = nextval('versions') where id = %s", [n])
+
+    writers = [threading.Thread(target=write, args=[seed], daemon=True) for seed in (3, 11)]
+    for thread in writers:
+        thread.start()
+    try:
+        for _ in range(6):
+            after: Sequence[str | None] | None = None
+            while True:
+                chunk = table.append_chunk(target="crm", after=after, limit=7)
+                if (after := chunk.last) is None:
+                    break
+            table.append_states(target="crm", keys=[str(n) for n in range(1, 46)])
+    finally:
+        done.set()
+        for thread in writers:
+            thread.join(30)
+
+    history = connection.execute(
+        "select key, operation, (payload ->> 'version')::int from distributary.change_log order by change_id"
+    ).fetchall()
+    state: dict[str, int | None] = {}
+    for key, operation, version in history:
+        known = state.get(key)
+        if operation == "delete":
+            state[key] = None
+        else:
+            # `known` is None when it was deleted: then only a new row may follow, and that has a newer version.
+            assert known is None or version >= known, (key, version, known)
+            state[key] = version
+    rows = dict(connection.execute("select id::text, version from people").fetchall())
+    assert {key: version for key, version in state.items() if version is not None} == rows

@@ -1,0 +1,182 @@
+"""Append the rows of a watched table, as they stand, to the change log, addressed to one target.
+
+A row is locked (FOR SHARE) while its record is appended. So the record's change id lies after those of the changes that
+made the row what it is, and before those of all later ones: no older state can come after a newer one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from resources.capture import apply_settings, key_text, payload_of
+from resources.captured_table import CapturedTable
+from resources.sql import statements
+
+_LOCK_TIMEOUT = "2s"
+
+
+class TableBusy(Exception):
+    """A lock on the whole table, needed to append deletes, was not had in time; nothing was written. Try again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What was appended of a table, in the order of its key."""
+
+    rows: int
+    last: Sequence[str | None] | None
+    """The key columns of the last row, as text, where the next chunk begins; None if there are no more."""
+
+
+class SourceRows:
+    """One table. Each method is one transaction of its own, or part of the one that is open on the connection."""
+
+    def __init__(self, connection: psycopg.Connection, table: CapturedTable) -> None:
+        self._connection = connection
+        self._table = table
+        # With their schemas: while rows are read, the search path is that of the triggers.
+        numbers = [column.attnum for column in table.key]
+        found = connection.execute(statements("capture")["key_types"], {"relation": table.oid, "numbers": numbers})
+        self._types = {name: sql.SQL(type_name) for name, type_name in found}
+
+    def append_chunk(self, *, target: str, after: Sequence[str | None] | None, limit: int) -> Chunk:
+        """Append up to *limit* rows that come after the key columns *after*, as `snapshot` records."""
+        columns = sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key)
+        last = sql.SQL(", ").join(
+            sql.SQL("%s::text::{}").format(self._types[column.name]) for column in self._table.key
+        )
+        beginning = sql.SQL("") if after is None else sql.SQL("where ({}) > ({})").format(columns, last)
+        query = sql.SQL(
+            "with locked as materialized ("
+            "  select {payload} as payload, array[{texts}] as position from {table} t {beginning}"
+            "  order by {columns} limit {limit} for share of t"
+            "), numbered as (select payload, position, row_number() over () as place from locked"
+            "), appended as ("
+            "  insert into distributary.change_log (stream, key, operation, payload, target)"
+            "  select {stream}, {key}, 'snapshot', payload, {target} from numbered order by place"
+            ") select count(*), (array_agg(position order by place desc))[1:1] from numbered"
+        ).format(
+            payload=payload_of(self._table, "t"),
+            texts=sql.SQL(", ").join(
+                sql.SQL("t.{}::text").format(sql.Identifier(column.name)) for column in self._table.key
+            ),
+            table=self._table.identifier,
+            beginning=beginning,
+            columns=columns,
+            limit=sql.Literal(limit),
+            stream=sql.Literal(self._table.stream),
+            key=key_text(self._table, "payload"),
+            target=sql.Literal(target),
+        )
+        with self._connection.transaction():
+            apply_settings(self._connection)
+            row = self._connection.execute(query, list(after or [])).fetchone()
+        assert row is not None
+        rows, position = row
+        return Chunk(rows=rows, last=position[0] if rows == limit else None)
+
+    def append_present(self, *, target: str, keys: Sequence[str]) -> set[str]:
+        """Append the row of each of *keys* that there is, as a `snapshot`; return those keys."""
+        query = sql.SQL(
+            "with locked as materialized ("
+            "  select {payload} as payload from {table} t where ({columns}) in (select {wanted}) for share of t"
+            "), named as (select {key} as key, payload from locked"
+            "), appended as ("
+            "  insert into distributary.change_log (stream, key, operation, payload, target)"
+            "  select {stream}, key, 'snapshot', payload, {target} from named"
+            ") select key from named"
+        ).format(
+            payload=payload_of(self._table, "t"),
+            table=self._table.identifier,
+            columns=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key),
+            wanted=self._columns_of_keys(),
+            key=key_text(self._table, "payload"),
+            stream=sql.Literal(self._table.stream),
+            target=sql.Literal(target),
+        )
+        with self._connection.transaction():
+            apply_settings(self._connection)
+            return {key for (key,) in self._connection.execute(query, [list(keys)])}
+
+    def append_absent(self, *, target: str, keys: Sequence[str], payloads: Mapping[str, Any] | None = None) -> set[str]:
+        """Append a `delete` for each of *keys* that has no row, and return those keys; raises TableBusy.
+
+        No row is there to be locked, so for a moment the table is: else an insert that is not committed yet could have
+        an older change id than the delete that does not know of it. *payloads* has rows as they were; by default a
+        delete holds the key columns alone.
+        """
+        key_columns = sql.SQL(", ").join(
+            sql.SQL("{}, to_jsonb({}::{})").format(sql.Literal(column.name), text, self._types[column.name])
+            for column, text in zip(self._table.key, self._texts_of_key(), strict=True)
+        )
+        query = sql.SQL(
+            "with wanted as ("
+            "  select k, coalesce(p, jsonb_build_object({key_columns})) as payload"
+            "  from unnest(%s::text[], %s::jsonb[]) as w (k, p)"
+            "), absent as ("
+            "  select * from wanted where not exists (select from {table} t where ({columns}) = ({of_key}))"
+            "), appended as ("
+            "  insert into distributary.change_log (stream, key, operation, payload, target)"
+            "  select {stream}, k, 'delete', payload, {target} from absent"
+            ") select k from absent"
+        ).format(
+            key_columns=key_columns,
+            table=self._table.identifier,
+            columns=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key),
+            of_key=self._typed_key(),
+            stream=sql.Literal(self._table.stream),
+            target=sql.Literal(target),
+        )
+        known = payloads or {}
+        given = [json.dumps(known[key]) if key in known else None for key in keys]
+        try:
+            with self._connection.transaction():
+                self._connection.execute("select set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
+                self._connection.execute(sql.SQL("lock table {} in share mode").format(self._table.identifier))
+                apply_settings(self._connection)
+                return {key for (key,) in self._connection.execute(query, [list(keys), given])}
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            raise TableBusy(f"{self._table.stream}: {error.diag.message_primary}") from None
+
+    def append_states(self, *, target: str, keys: Sequence[str]) -> None:
+        """Append what there is of each of *keys* now: its row, or that it has none; raises TableBusy.
+
+        The absent come first, in a transaction of their own: to wait for the table's lock while holding rows' would
+        be a deadlock with any writer that waits for one of those.
+        """
+        absent = self.append_absent(target=target, keys=keys) if self._missing(keys) else set()
+        if present := [key for key in keys if key not in absent]:
+            # One that is deleted in between is in the log as it is, for all targets.
+            self.append_present(target=target, keys=present)
+
+    def _missing(self, keys: Sequence[str]) -> bool:
+        """Say whether some of *keys* seem to have no row: else the table's lock is not needed."""
+        query = sql.SQL("select count(*) from {table} t where ({columns}) in (select {wanted})").format(
+            table=self._table.identifier,
+            columns=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key),
+            wanted=self._columns_of_keys(),
+        )
+        with self._connection.transaction():
+            apply_settings(self._connection)
+            row = self._connection.execute(query, [list(keys)]).fetchone()
+        return row is None or row[0] < len(set(keys))
+
+    def _columns_of_keys(self) -> sql.Composable:
+        """Return what follows `select` to make rows of key columns out of a parameter, a list of keys."""
+        return sql.SQL("{} from unnest(%s::text[]) as k").format(self._typed_key())
+
+    def _typed_key(self) -> sql.Composable:
+        """Return the key columns, out of the key's text `k`."""
+        return sql.SQL(", ").join(
+            sql.SQL("{}::{}").format(text, self._types[column.name])
+            for column, text in zip(self._table.key, self._texts_of_key(), strict=True)
+        )
+
+    def _texts_of_key(self) -> list[sql.Composable]:
+        if len(self._table.key) == 1:
+            return [sql.SQL("k")]
+        return [sql.SQL("(k::jsonb ->> {})").format(sql.Literal(place)) for place in range(len(self._table.key))]
