@@ -1,5 +1,6 @@
 """What a code location holds, and what loading it needs: files, and nothing else."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -47,13 +48,26 @@ def test_the_names_that_others_call(repository):
     jobs = {job.name: sorted(node.name for node in job.nodes) for job in repository.get_all_jobs()}
     jobs = {name: ops for name, ops in jobs.items() if not name.startswith("__")}
 
-    assert jobs == {"delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"]}
+    assert jobs == {
+        "delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"],
+        "redrive_job": ["redrive"],
+    }
     assert [sensor.name for sensor in repository.sensor_defs] == ["change_sensor"]
     assert [schedule.name for schedule in repository.schedule_defs] == []
     assert sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()) == [
         "crm/people",
         "crm/pets",
+        "dead_letters",
     ]
+
+
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("example", sorted((ROOT / "docs" / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_a_configuration_of_the_job_that_it_names(repository, example: Path):
+    found = re.search(r"-j (\w+)", example.read_text().splitlines()[0])
+    assert found is not None
+
+    assert dg.validate_run_config(repository.get_job(found[1]), yaml.safe_load(example.read_text()))
 
 
 def test_our_own_configuration_loads(monkeypatch):

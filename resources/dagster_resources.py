@@ -10,7 +10,10 @@ from pydantic import Field
 from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.ledger import Ledger
+from pipelines.operating.dead_letters import DeadLetters
+from resources.config_files import config_folder, load_source
 from resources.database import connect, database_url
+from resources.postgres_dead_letters import PostgresDeadLetters
 from resources.postgres_ledger import PostgresLedger
 from resources.source_tables import SourceTable, look_at_tables
 from resources.target_files import FileTargetCatalog
@@ -27,6 +30,23 @@ class LedgerResource(dg.ConfigurableResource[Ledger]):
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Ledger]:  # noqa: ARG002
         """Find the database when a step starts: loading definitions needs none."""
         yield PostgresLedger(self.url or database_url())
+
+
+class DeadLettersResource(dg.ConfigurableResource[DeadLetters]):
+    """The dead letters in a Postgres database, and the tables of a configuration folder's source.yaml."""
+
+    url: str | None = Field(
+        default=None, description="By default that of DATABASE_URL; if that is unset, of the embedded server."
+    )
+    folder: str | None = Field(
+        default=None, description="Holds source.yaml. By default the one that DISTRIBUTARY_CONFIG names."
+    )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[DeadLetters]:  # noqa: ARG002
+        """Find the database and read the file when a step starts."""
+        source = load_source(Path(self.folder) if self.folder else config_folder())
+        yield PostgresDeadLetters(self.url or database_url(), source)
 
 
 class TargetCatalogResource(dg.ConfigurableResource[TargetCatalog]):

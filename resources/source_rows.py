@@ -148,13 +148,13 @@ class SourceRows:
         The absent come first, in a transaction of their own: to wait for the table's lock while holding rows' would
         be a deadlock with any writer that waits for one of those.
         """
-        absent = self.append_absent(target=target, keys=keys) if self._missing(keys) else set()
+        absent = self.append_absent(target=target, keys=keys) if self.seem_absent(keys) else set()
         if present := [key for key in keys if key not in absent]:
             # One that is deleted in between is in the log as it is, for all targets.
             self.append_present(target=target, keys=present)
 
-    def _missing(self, keys: Sequence[str]) -> bool:
-        """Say whether some of *keys* seem to have no row: else the table's lock is not needed."""
+    def seem_absent(self, keys: Sequence[str]) -> bool:
+        """Say whether some of *keys* seem to have no row; if not, `append_absent` and its lock are not needed."""
         query = sql.SQL("select count(*) from {table} t where ({columns}) in (select {wanted})").format(
             table=self._table.identifier,
             columns=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key),

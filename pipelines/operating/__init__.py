@@ -1,0 +1,1 @@
+"""What a person does with deliveries: look at dead letters, redrive or discard them."""

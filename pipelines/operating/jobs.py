@@ -1,0 +1,11 @@
+"""The jobs that a person launches, one op each."""
+
+import dagster as dg
+
+from pipelines.operating.ops import redrive
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def redrive_job() -> None:
+    """Send dead letters again, or discard them. By default it only says what it would do."""
+    redrive()
