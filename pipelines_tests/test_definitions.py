@@ -50,6 +50,7 @@ def test_the_names_that_others_call(repository):
 
     assert jobs == {
         "delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"],
+        "initial_load_job": ["load_rows"],
         "redrive_job": ["redrive"],
     }
     assert [sensor.name for sensor in repository.sensor_defs] == ["change_sensor"]

@@ -57,11 +57,12 @@ class PostgresLedger(Ledger):
                     "The database has no schema 'distributary', or an older one: run `python -m resources.migrate`."
                 ) from None
 
-    def register(self, targets: Mapping[str, Start]) -> None:
+    def register(self, targets: Mapping[str, Start], *, streams: Mapping[str, Sequence[str]] | None = None) -> None:
         with self._connection("register") as connection:
             missing = connection.execute(self._sql["unregistered"], {"targets": list(targets)}).fetchall()
             for (target,) in missing:
-                connection.execute(self._sql[f"register_from_{targets[target]}"], {"target": target})
+                wanted = list((streams or {}).get(target, ()))
+                connection.execute(self._sql[f"register_from_{targets[target]}"], {"target": target, "streams": wanted})
 
     @contextmanager
     def open_target(self, target: str, *, run_id: str) -> Iterator[TargetLedger | None]:

@@ -49,7 +49,7 @@ class TargetCatalog(ABC):
         known = {state.target for state in owed}
         newcomers = {name: config.start for name, config in active.items() if name not in known}
         if newcomers:
-            ledger.register(newcomers)
+            ledger.register(newcomers, streams=streams)
             owed = ledger.owed(streams)
         return owed
 

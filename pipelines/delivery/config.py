@@ -600,8 +600,9 @@ class TargetConfig(Section):
     status: Literal["active", "paused", "disabled"] = "active"
     critical: bool = True
     """false: the target's failure is a warning, and the run stays green."""
-    start: Literal["now", "beginning"] = "beginning"
-    """What a new target gets first: only changes from now on, or every change in the log."""
+    start: Literal["snapshot", "now", "beginning"] = "beginning"
+    """What a new target gets first: every row as it is and then the changes, only the changes from now on, or every
+    change in the log."""
     auth: Annotated[Auth, BeforeValidator(_check_auth)] = NoAuth()
     headers: dict[str, PlainOrSecret] = {}
     timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 15.0
@@ -632,13 +633,6 @@ class TargetConfig(Section):
         copy = self.model_copy()
         copy._origin = file
         return copy
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_built(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("start") == "snapshot":
-            raise refusal("'snapshot' is not built yet; use beginning", at=("start",))
-        return value
 
     @field_validator("headers")
     @classmethod

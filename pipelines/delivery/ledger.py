@@ -19,7 +19,7 @@ from uuid import UUID
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord, OperationKind
 
-Start = Literal["now", "beginning"]
+Start = Literal["now", "beginning", "snapshot"]
 Status = Literal["active", "paused", "disabled"]
 
 
@@ -73,7 +73,7 @@ class Owed:
 
     target: str
     has_work: bool
-    """Something is claimed or pending, or there is a long tail to pass over."""
+    """Something is claimed or pending, a load is unfinished, or there is a long tail to pass over."""
     held: bool
     """A drain holds its lock now."""
     status: Status
@@ -208,8 +208,11 @@ class Ledger(ABC):
     """All targets' ledgers."""
 
     @abstractmethod
-    def register(self, targets: Mapping[str, Start]) -> None:
-        """Make a row for each target that has none. 'now' leaves what is committed by now to others."""
+    def register(self, targets: Mapping[str, Start], *, streams: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Make a row for each target that has none. 'now' leaves what is committed by now to others.
+
+        So does 'snapshot', and has the rows of the target's *streams* loaded instead.
+        """
 
     @abstractmethod
     def open_target(self, target: str, *, run_id: str) -> AbstractContextManager[TargetLedger | None]:

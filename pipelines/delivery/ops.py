@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import dagster as dg
@@ -20,6 +20,7 @@ from pipelines.delivery.clock import Clock
 from pipelines.delivery.concluding import conclude
 from pipelines.delivery.drain import DrainLimits, drain
 from pipelines.delivery.ledger import Ledger
+from pipelines.delivery.loading import CannotLoad, Loader, LoadProgress
 from pipelines.delivery.report import DrainReport, Recorder
 
 _PROGRESS_SECONDS = 10.0
@@ -88,6 +89,7 @@ def deliver_to_target(
     ledger: dg.ResourceParam[Ledger],
     targets: dg.ResourceParam[TargetCatalog],
     clock: dg.ResourceParam[Clock],
+    loader: dg.ResourceParam[Loader],
 ) -> DrainReport:
     """Deliver all that one target is owed. Its faults are values: if an op raised, no target would be reported."""
     try:
@@ -99,6 +101,7 @@ def deliver_to_target(
         if target_ledger is None:
             context.log.info(f"{plan.target}: another drain holds its lock")
             return DrainReport(target=plan.target, end="held", reason="another drain holds its lock")
+        problem = _finish_loads(context, loader, plan.target, stop)
         report = drain(
             policy=destination.policy,
             routes=destination.routes,
@@ -112,6 +115,8 @@ def deliver_to_target(
             on_progress=_progress_logger(context, plan.target),
         )
     _report_assets(context, report)
+    if problem is not None and report.end == "caught_up":
+        return replace(report, end="deferred", reason=problem)
     return report
 
 
@@ -140,6 +145,20 @@ def conclude_delivery(
         raise dg.Failure("; ".join(failures), allow_retries=False)
 
 
+def _finish_loads(context: dg.OpExecutionContext, loader: Loader, target: str, stop: threading.Event) -> str | None:
+    """Append what is missing of the target's initial loads; return why, if it cannot be. Live changes do not wait."""
+    for load in loader.loads([target]):
+        try:
+            for progress in () if load.done else loader.run(target, load.stream, run_id=context.run_id):
+                log_progress(context, target, load.stream, progress)
+                if stop.is_set():
+                    return None
+        except CannotLoad as error:
+            context.log.error(str(error))
+            return str(error)
+    return None
+
+
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
     """Turn SIGTERM and SIGINT (a cancelled run, a stopped machine) into a graceful stop while a drain is at work."""
@@ -157,6 +176,13 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def log_progress(context: dg.OpExecutionContext, target: str, stream: str, progress: LoadProgress) -> None:
+    """Log how far a load is: with its first, its last and every fiftieth chunk."""
+    if progress.done or progress.chunk % 50 == 1:
+        share = f" of about {progress.of_about}" if not progress.done else ", all of them"
+        context.log.info(f"{target}/{stream}: {progress.rows} rows{share} are in the log")
 
 
 def _progress_logger(context: dg.OpExecutionContext, target: str) -> Callable[[Recorder], None]:

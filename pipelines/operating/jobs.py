@@ -2,7 +2,13 @@
 
 import dagster as dg
 
-from pipelines.operating.ops import redrive
+from pipelines.operating.ops import load_rows, redrive
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def initial_load_job() -> None:
+    """Give targets every row of their tables, as it is now. Interrupted, it goes on where it stopped."""
+    load_rows()
 
 
 @dg.job(executor_def=dg.in_process_executor)

@@ -1,4 +1,4 @@
-"""The ops that a person launches: redrive or discard dead letters.
+"""The ops that a person launches: load a target's tables, redrive or discard dead letters.
 
 No `from __future__ import annotations` here: Dagster reads the annotations of ops at decoration.
 """
@@ -10,6 +10,9 @@ from pydantic import Field
 
 from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.clock import Clock
+from pipelines.delivery.ledger import Ledger
+from pipelines.delivery.loading import CannotLoad, Loader
+from pipelines.delivery.ops import log_progress
 from pipelines.operating.dead_letters import CannotRedrive, DeadLetters, Redrive, Selection
 from pipelines.operating.selecting import UnknownTime, describe, parse_time, redrives
 
@@ -87,6 +90,59 @@ def _redrive(
         except CannotRedrive as error:
             problems.append(f"{route.target}: {error}")
     _say(context, f"{closed} redriven; records to be delivered: {appended}.", redriven=closed, appended=appended)
+    if problems:
+        raise dg.Failure("; ".join(problems), allow_retries=False)
+
+
+class LoadConfig(dg.Config):
+    """Whose rows are loaded."""
+
+    targets: list[str] = Field(default=[], description="For these targets only; empty: for all that are active.")
+    streams: list[str] = Field(default=[], description="Of these streams only; empty: of all that a target routes.")
+    again: bool = Field(default=False, description="Load again what is loaded already.")
+
+
+@dg.op
+def load_rows(
+    context: dg.OpExecutionContext,
+    config: LoadConfig,
+    ledger: dg.ResourceParam[Ledger],
+    targets: dg.ResourceParam[TargetCatalog],
+    loader: dg.ResourceParam[Loader],
+) -> None:
+    """Append every row of the targets' tables to the log, addressed to them; deliveries go on meanwhile."""
+    configs = targets.configs()
+    if unknown := sorted(set(config.targets) - set(configs)):
+        known = ", ".join(configs) or "none"
+        raise dg.Failure(
+            f"ops.load_rows.config.targets: there is no target {', '.join(unknown)}; configured are: {known}.",
+            allow_retries=False,
+        )
+    targets.owed(ledger)  # makes known those that are new
+    chosen = [configs[name] for name in config.targets or configs if configs[name].status == "active"]
+    routes = [(one.name, stream) for one in chosen for stream in one.routes if stream in (config.streams or one.routes)]
+    problems: list[str] = []
+    total = 0
+    for target, stream in routes:
+        loader.begin(target, [stream], again=config.again)
+        rows = 0
+        try:
+            for progress in loader.run(target, stream, run_id=context.run_id):
+                log_progress(context, target, stream, progress)
+                rows = progress.rows
+        except CannotLoad as error:
+            problems.append(f"{target}: {error}")
+            continue
+        (load,) = (one for one in loader.loads([target]) if one.stream == stream)
+        if rows:
+            ending = f"{rows} rows appended"
+        elif load.done:
+            ending = f"loaded before ({load.rows} rows); to load it again, set again: true"
+        else:
+            ending = "another run is loading it"
+        print(f"{target}/{stream}  {ending}", flush=True)
+        total += rows
+    context.add_output_metadata({"rows": total})
     if problems:
         raise dg.Failure("; ".join(problems), allow_retries=False)
 

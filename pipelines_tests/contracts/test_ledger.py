@@ -124,6 +124,19 @@ def test_a_change_open_at_now_is_delivered_when_it_commits(subject: Subject) -> 
         close_gaps(subject, crm, up_to=late_id + 1)
 
 
+def test_a_target_from_a_snapshot_is_owed_its_rows_and_what_comes(subject: Subject) -> None:
+    """As from now; and its streams are to be loaded, which is work though nothing is pending."""
+    subject.append(key="before")
+    subject.ledger.register({"crm": "snapshot"}, streams={"crm": ["customers"], "email": ["orders"]})
+    with subject.open("crm") as crm:
+        assert read(crm).records == []
+        after = subject.append(key="after")
+        assert ids(read(crm).records) == [after]
+        accept_all(crm)
+    assert owed(subject, "customers") == (True, False, False)
+    assert counts(subject) == {"captured": 1, "accepted": 1}
+
+
 def test_now_leaves_out_nothing_that_is_addressed_to_the_target(subject: Subject) -> None:
     """Whoever addressed it meant this target; and what is addressed elsewhere is not counted as left out."""
     subject.append()

@@ -21,9 +21,9 @@ class CountingLedger(FakeLedger):
         self.questions += 1
         return super().owed(streams)
 
-    def register(self, targets: Mapping[str, Start]) -> None:
+    def register(self, targets: Mapping[str, Start], *, streams: Mapping[str, Sequence[str]] | None = None) -> None:
         self.registrations = [*getattr(self, "registrations", []), dict(targets)]
-        super().register(targets)
+        super().register(targets, streams=streams)
 
 
 def test_one_question_is_enough_once_every_target_is_known():

@@ -278,8 +278,10 @@ def test_a_value_outside_of_its_limits_is_refused(fields: dict[str, Any], place:
     assert refused(target, **fields)[0] == place
 
 
-def test_snapshot_as_a_start_is_refused_until_it_is_built():
-    assert refused(target, start="snapshot") == ("start", "'snapshot' is not built yet; use beginning")
+def test_a_start_is_one_of_three():
+    at, said = refused(target, start="yesterday")
+    assert at == "start"
+    assert "'snapshot', 'now' or 'beginning'" in said
     assert target(start="now").start == "now"
 
 

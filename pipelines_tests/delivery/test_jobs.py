@@ -12,6 +12,7 @@ from pipelines.delivery.ops import PlanConfig
 from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger
+from pipelines_tests.fakes.loader import FakeLoader
 from pipelines_tests.fakes.target import ScriptedTarget
 
 METADATA = {
@@ -47,7 +48,12 @@ def run(
 ) -> dg.ExecuteInProcessResult:
     return delivery_job.execute_in_process(
         run_config=dg.RunConfig(ops={"plan_deliveries": PlanConfig(**config)}),
-        resources={"ledger": ledger, "targets": catalog, "clock": FakeClock(start=datetime(2026, 3, 3, tzinfo=UTC))},
+        resources={
+            "ledger": ledger,
+            "targets": catalog,
+            "clock": FakeClock(start=datetime(2026, 3, 3, tzinfo=UTC)),
+            "loader": FakeLoader(ledger),
+        },
         raise_on_error=False,
         instance=instance,
     )

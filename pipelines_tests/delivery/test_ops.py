@@ -19,6 +19,7 @@ from pipelines.delivery.report import DrainReport
 from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger
+from pipelines_tests.fakes.loader import FakeLoader
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest
 from resources.system_clock import SystemClock
 
@@ -34,11 +35,23 @@ def plan(ledger: FakeLedger, catalog: FakeTargetCatalog, **config: Any) -> tuple
 
 
 def deliver(
-    ledger: FakeLedger, catalog: FakeTargetCatalog, *, clock: Clock | None = None, **limits: Any
+    ledger: FakeLedger,
+    catalog: FakeTargetCatalog,
+    *,
+    clock: Clock | None = None,
+    loader: FakeLoader | None = None,
+    **limits: Any,
 ) -> DrainReport:
     share = replace(DeliveryPlan(target="crm", linger_seconds=0.0, poll_seconds=0.01, max_seconds=3600.0), **limits)
     with dg.build_op_context() as context:
-        report = deliver_to_target(context, share, ledger=ledger, targets=catalog, clock=clock or FakeClock())
+        report = deliver_to_target(
+            context,
+            share,
+            ledger=ledger,
+            targets=catalog,
+            clock=clock or FakeClock(),
+            loader=loader or FakeLoader(ledger),
+        )
     assert isinstance(report, DrainReport)
     return report
 
@@ -260,6 +273,38 @@ class TestDeliverToTarget:
         assert 4 <= ledger.conservation("crm").accepted < 2000
 
 
+class TestInitialLoads:
+    ROWS = {"people": {"a": b'{"id": "a"}', "b": b'{"id": "b"}'}}
+
+    def test_a_target_that_starts_with_a_snapshot_gets_every_row_and_then_the_changes(self):
+        """Of what was in the log before it came it gets nothing; nobody has to launch anything."""
+        ledger = FakeLedger()
+        ledger.append("people", "a")
+        ledger.append("people", "gone", operation="delete")
+        catalog = FakeTargetCatalog([target_config("crm", start="snapshot")])
+        plans, _ = plan(ledger, catalog)
+        ledger.append("people", "b", payload=b'{"id": "b", "new": true}')
+
+        report = deliver(ledger, catalog, loader=FakeLoader(ledger, self.ROWS))
+
+        assert [share.target for share in plans] == ["crm"]
+        assert report.end == "caught_up"
+        assert [request.body for request in catalog.client("crm").sent] == [b'[{"id": "a"},{"id": "b"}]']
+        assert plan(ledger, catalog)[0] == []
+
+    def test_a_load_that_cannot_be_done_is_told_and_live_changes_do_not_wait(self):
+        ledger = FakeLedger()
+        catalog = FakeTargetCatalog([target_config("crm", start="snapshot")])
+        plan(ledger, catalog)
+        ledger.append("people", "b", payload=b'{"id": "b"}')
+
+        report = deliver(ledger, catalog, loader=FakeLoader(ledger, {}))
+
+        assert (report.end, report.total("accepted")) == ("deferred", 1)
+        assert report.reason is not None
+        assert report.reason.startswith("source.yaml: there is no table people")
+
+
 class TestConcludeDelivery:
     def conclude(self, ledger: FakeLedger, *reports: DrainReport) -> None:
         catalog = FakeTargetCatalog([target_config("crm")])
@@ -291,7 +336,12 @@ def test_a_run_config_that_makes_no_sense_is_refused_before_the_run(wrong):
     with dg.DagsterInstance.ephemeral() as instance, pytest.raises((ValueError, dg.DagsterInvalidConfigError)) as told:
         delivery_job.execute_in_process(
             run_config={"ops": {"plan_deliveries": {"config": wrong}}},
-            resources={"ledger": FakeLedger(), "targets": FakeTargetCatalog([]), "clock": FakeClock()},
+            resources={
+                "ledger": FakeLedger(),
+                "targets": FakeTargetCatalog([]),
+                "clock": FakeClock(),
+                "loader": FakeLoader(FakeLedger()),
+            },
             instance=instance,
         )
 

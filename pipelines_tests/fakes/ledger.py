@@ -152,6 +152,8 @@ class FakeLedger(Ledger):
         self._batches: list[FakeBatch] = []
         self._dead_letters: list[tuple[str, DeadRecord]] = []
         self._closed_dead_letters: set[tuple[str, int]] = set()
+        self.running_loads: set[tuple[str, str]] = set()
+        """Targets and streams whose rows are being loaded."""
         self._lock = Lock()
         if targets:
             self.register(targets)
@@ -266,12 +268,14 @@ class FakeLedger(Ledger):
 
     # --- the port ----------------------------------------------------------------------------------------------------
 
-    def register(self, targets: Mapping[str, Start]) -> None:
+    def register(self, targets: Mapping[str, Start], *, streams: Mapping[str, Sequence[str]] | None = None) -> None:
         for name, start in targets.items():
             if name in self._targets:
                 continue
             target = self._targets[name] = _Target(name)
-            if start == "now":
+            if start == "snapshot":
+                self.running_loads.update((name, stream) for stream in (streams or {}).get(name, ()))
+            if start in ("now", "snapshot"):
                 before = [entry for entry in self._log if entry.writer.state == "committed" and entry.target != name]
                 target.settled = {entry.record.change_id for entry in before}
                 target.before_start = sum(entry.target is None for entry in before)
@@ -321,6 +325,8 @@ class FakeLedger(Ledger):
         return row.retry_at > self._clock.now()
 
     def _is_owed_something(self, row: _Target, streams: Sequence[str]) -> bool:
+        if any(target == row.name for target, _ in self.running_loads):
+            return True
         taken = row.settled | row.claimed
         seen = (one for one in self._log if one.writer.state == "committed")
         tail = sorted((one for one in seen if one.record.change_id not in taken), key=lambda one: one.record)

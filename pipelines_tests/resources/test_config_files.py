@@ -94,7 +94,6 @@ def test_the_designs_example_is_loaded(write: Write):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("start: snapshot", "start: 'snapshot' is not built yet; use beginning"),
         (
             "    read:   {path: /contacts, items: $.results, key: id, page: {style: cursor, size: 100}}",
             "routes.customers.read: reconciliation is not built yet; remove it",
@@ -215,7 +214,7 @@ UPSERT = "routes.customers.upsert"
         ("max_in_flight: 100", "max_in_flight: 100 should be less than or equal to 64"),
         ("critical: 'no'", "critical: 'no' should be true or false"),
         ("status: activ", "status: 'activ' is not one of active, paused, disabled; did you mean 'active'?"),
-        ("start: snapshot", "start: 'snapshot' is not built yet; use beginning"),
+        ("start: today", "start: 'today' is not one of snapshot, now, beginning"),
         ("retry:", "retry: is empty; it should be a mapping of keys to values"),
         ("retry: {max_backoff: [1]}", "retry.max_backoff: the list should be a number"),
         ("success_on: [404, 40]", "success_on[1]: 40 should be greater than or equal to 100"),

@@ -19,6 +19,21 @@ from distributary.change_log l
 where l.target is distinct from %(target)s
 on conflict do nothing
 
+-- name: register_from_snapshot
+-- As from now; and in the same transaction its tables' rows are asked for.
+with registered as (
+    insert into distributary.target_state (target, settled, before_start)
+    select %(target)s,
+           coalesce(range_agg(int8range(change_id, change_id, '[]')), '{}'),
+           count(*) filter (where l.target is null)
+    from distributary.change_log l
+    where l.target is distinct from %(target)s
+    on conflict do nothing
+    returning target
+)
+insert into distributary.load (target, stream)
+select target, stream from registered cross join unnest(%(streams)s::text[]) as stream
+
 -- name: try_lock
 -- A session lock, on the connection that writes: a crash frees it, and who lost the connection cannot write.
 select pg_try_advisory_lock(1684632436, target_id) from distributary.target_state where target = %(target)s
@@ -281,7 +296,8 @@ select s.target,
 from distributary.target_state s
 join wanted w on w.target = s.target
 cross join lateral (
-    select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s as pending
+    select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s
+           or exists (select from distributary.load d where d.target = s.target and d.state = 'running') as pending
     from (
         select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted
         from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
