@@ -7,9 +7,17 @@ from pipelines.delivery.assets import sync_assets
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.sensors import change_sensor
 from pipelines.operating.assets import dead_letters_asset
-from pipelines.operating.jobs import initial_load_job, redrive_job
+from pipelines.operating.jobs import initial_load_job, prune_job, redrive_job
+from pipelines.operating.schedules import prune_schedule
 from resources.config_files import ConfigError
-from resources.dagster_resources import DeadLettersResource, LedgerResource, LoaderResource, TargetCatalogResource
+from resources.dagster_resources import (
+    DeadLettersResource,
+    LedgerResource,
+    LoaderResource,
+    PrunerResource,
+    SourceResource,
+    TargetCatalogResource,
+)
 from resources.system_clock import SystemClock
 from resources.target_files import FileTargetCatalog
 
@@ -23,8 +31,9 @@ def definitions() -> dg.Definitions:
         # Dagster's command line prints this kind as it is, and others with a traceback.
         raise click.ClickException(str(error)) from None
     return dg.Definitions(
-        jobs=[delivery_job, initial_load_job, redrive_job],
+        jobs=[delivery_job, initial_load_job, prune_job, redrive_job],
         sensors=[change_sensor],
+        schedules=[prune_schedule],
         assets=[*sync_assets(targets.configs().values()), dead_letters_asset],
         resources={
             "ledger": LedgerResource(),
@@ -32,5 +41,7 @@ def definitions() -> dg.Definitions:
             "clock": SystemClock(),
             "dead_letters": DeadLettersResource(),
             "loader": LoaderResource(),
+            "pruner": PrunerResource(),
+            "source": SourceResource(),
         },
     )

@@ -51,10 +51,11 @@ def test_the_names_that_others_call(repository):
     assert jobs == {
         "delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"],
         "initial_load_job": ["load_rows"],
+        "prune_job": ["prune"],
         "redrive_job": ["redrive"],
     }
     assert [sensor.name for sensor in repository.sensor_defs] == ["change_sensor"]
-    assert [schedule.name for schedule in repository.schedule_defs] == []
+    assert [schedule.name for schedule in repository.schedule_defs] == ["prune_schedule"]
     assert sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()) == [
         "crm/people",
         "crm/pets",

@@ -12,11 +12,13 @@ from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import Loader
 from pipelines.operating.dead_letters import DeadLetters
+from pipelines.operating.pruning import Pruner
 from resources.config_files import config_folder, load_source
 from resources.database import connect, database_url
 from resources.postgres_dead_letters import PostgresDeadLetters
 from resources.postgres_ledger import PostgresLedger
 from resources.postgres_loader import PostgresLoader
+from resources.postgres_pruner import PostgresPruner
 from resources.source_tables import SourceTable, look_at_tables
 from resources.target_files import FileTargetCatalog
 
@@ -66,6 +68,32 @@ class LoaderResource(dg.ConfigurableResource[Loader]):
         """Find the database and read the file when a step starts."""
         source = load_source(Path(self.folder) if self.folder else config_folder())
         yield PostgresLoader(self.url or database_url(), source)
+
+
+class PrunerResource(dg.ConfigurableResource[Pruner]):
+    """The log and the trail in a Postgres database."""
+
+    url: str | None = Field(
+        default=None, description="By default that of DATABASE_URL; if that is unset, of the embedded server."
+    )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Pruner]:  # noqa: ARG002
+        """Find the database when a step starts."""
+        yield PostgresPruner(self.url or database_url())
+
+
+class SourceResource(dg.ConfigurableResource[SourceConfig]):
+    """What a configuration folder's source.yaml says."""
+
+    folder: str | None = Field(
+        default=None, description="Holds source.yaml. By default the one that DISTRIBUTARY_CONFIG names."
+    )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[SourceConfig]:  # noqa: ARG002
+        """Read the file when a step starts."""
+        yield load_source(Path(self.folder) if self.folder else config_folder())
 
 
 class TargetCatalogResource(dg.ConfigurableResource[TargetCatalog]):

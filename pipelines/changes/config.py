@@ -77,16 +77,16 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     tables: dict[str, TableConfig]
-    retention_days: int | None = None
-    """How long settled changes are kept; none: for ever."""
-
-    @field_validator("retention_days", mode="before")
-    @classmethod
-    def _retention_is_not_built(cls, _: object) -> int | None:
-        raise ValueError("pruning is not built yet; remove the line: the log is kept for ever")
+    retention_days: int | None = Field(default=None, ge=1)
+    """For how many days a change is kept once every target has settled it; none: for ever."""
+    drop_after: int | None = Field(default=None, ge=1)
+    """After how many days a target that is disabled, or has no file any more, no longer keeps changes in the log;
+    none: never."""
 
     @model_validator(mode="after")
     def _tables_are_told_apart(self) -> Self:
+        if self.drop_after is not None and self.retention_days is None:
+            raise ValueError("'drop_after' shortens what 'retention_days' keeps; give that too, or remove it")
         streams: dict[TableName, str] = {}
         for stream in self.tables:
             name = self.table_name(stream)

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from pipelines.operating.ops import load_rows, redrive
+from pipelines.operating.ops import load_rows, prune, redrive
 
 
 @dg.job(executor_def=dg.in_process_executor)
@@ -15,3 +15,9 @@ def initial_load_job() -> None:
 def redrive_job() -> None:
     """Send dead letters again, or discard them. By default it only says what it would do."""
     redrive()
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def prune_job() -> None:
+    """Remove what every target has settled and `retention_days` has passed."""
+    prune()

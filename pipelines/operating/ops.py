@@ -1,19 +1,23 @@
-"""The ops that a person launches: load a target's tables, redrive or discard dead letters.
+"""The ops that a person launches: load a target's tables, redrive or discard dead letters, prune the log.
 
 No `from __future__ import annotations` here: Dagster reads the annotations of ops at decoration.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 
 import dagster as dg
 from pydantic import Field
 
+from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import CannotLoad, Loader
 from pipelines.delivery.ops import log_progress
 from pipelines.operating.dead_letters import CannotRedrive, DeadLetters, Redrive, Selection
+from pipelines.operating.pruning import Pruner, who_holds
 from pipelines.operating.selecting import UnknownTime, describe, parse_time, redrives
 
 
@@ -145,6 +149,41 @@ def load_rows(
     context.add_output_metadata({"rows": total})
     if problems:
         raise dg.Failure("; ".join(problems), allow_retries=False)
+
+
+@dg.op
+def prune(
+    context: dg.OpExecutionContext,
+    pruner: dg.ResourceParam[Pruner],
+    source: dg.ResourceParam[SourceConfig],
+    targets: dg.ResourceParam[TargetCatalog],
+    clock: dg.ResourceParam[Clock],
+) -> None:
+    """Remove from the log and the trail what every target has settled and `retention_days` has passed."""
+    if source.retention_days is None:
+        _say(context, "The log is kept for ever: source.yaml sets no retention_days.", changes=0, batches=0)
+        return
+    now = clock.now()
+    drop_after = None if source.drop_after is None else timedelta(days=source.drop_after)
+    who = who_holds(pruner.holders(), targets.configs(), now=now, drop_after=drop_after)
+    for remark in who.remarks:
+        context.log.warning(remark)
+    changes = batches = 0
+    missed = Counter[str]()
+    before = now - timedelta(days=source.retention_days)
+    for step in pruner.prune(before=before, holding=who.holding, dropped=who.dropped):
+        changes, batches = changes + step.changes, batches + step.batches
+        missed.update(step.missed or {})
+    for target, count in sorted(missed.items()):
+        context.log.warning(f"{target}: {count} changes that it never got are no longer in the log (drop_after)")
+    days = source.retention_days
+    _say(
+        context,
+        f"{changes} changes and {batches} batches older than {days} days removed.",
+        changes=changes,
+        batches=batches,
+        missed=missed.total(),
+    )
 
 
 def _say(context: dg.OpExecutionContext, sentence: str, **numbers: int) -> None:

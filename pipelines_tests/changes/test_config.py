@@ -55,8 +55,9 @@ def test_a_stream_is_called_what_its_table_is_called(stream: str, table: dict[st
         ({"tables": {"t": {"key": "id", "operations": ["truncate"]}}}, "'insert', 'update' or 'delete'"),
         ({"tables": {"t": {"key": "id"}, "public.t": {"key": "id"}}}, "'t' and 'public.t' are the same table"),
         ({"tables": {".t": {"key": "id"}}}, "'.t' names no table"),
-        ({"tables": {}, "retention_days": 30}, "pruning is not built yet; remove the line: the log is kept for ever"),
-        ({"tables": {}, "retention_days": 7}, "pruning is not built yet"),
+        ({"tables": {}, "retention_days": 0}, "greater than or equal to 1"),
+        ({"tables": {}, "retention_days": 30, "drop_after": 0}, "greater than or equal to 1"),
+        ({"tables": {}, "drop_after": 7}, "'drop_after' shortens what 'retention_days' keeps; give that too"),
     ],
 )
 def test_a_mistake_is_refused_with_what_to_do(content: dict[str, Any], sentence: str) -> None:

@@ -17,6 +17,7 @@ from pipelines_tests.fakes.target import ScriptedTarget, SentRequest
 from resources.capture import install_capture
 from resources.postgres_dead_letters import PostgresDeadLetters
 from resources.postgres_ledger import PostgresLedger
+from resources.postgres_loader import PostgresLoader
 from resources.system_clock import SystemClock
 
 SOURCE = SourceConfig.model_validate({"tables": {"people": {"key": "id"}}})
@@ -36,6 +37,7 @@ class World:
             "targets": FakeTargetCatalog([config], clients={"crm": self.target}),
             "dead_letters": PostgresDeadLetters(url, SOURCE),
             "clock": SystemClock(),
+            "loader": PostgresLoader(url, SOURCE),
         }
 
     def _answer(self, request: SentRequest) -> int:
