@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from datetime import datetime
 from itertools import groupby
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from pipelines.delivery.ledger import (
     Conservation,
     Ledger,
     LedgerConflict,
+    LedgerFailed,
     Leftover,
     Owed,
     PendingWindow,
@@ -66,7 +66,7 @@ class PostgresLedger(Ledger):
 
     @contextmanager
     def open_target(self, target: str, *, run_id: str) -> Iterator[TargetLedger | None]:
-        with self._connection(f"drain {target}") as connection:
+        with self._failing_in_words(), self._connection(f"drain {target}") as connection:
             row = connection.execute(self._sql["try_lock"], {"target": target}).fetchone()
             if row is None:
                 raise LookupError(f"The target '{target}' is not registered; call register first.")
@@ -81,6 +81,16 @@ class PostgresLedger(Ledger):
                 # Closing the connection frees it too, but a moment later: the next drain would find it held by nobody.
                 with suppress(psycopg.Error):
                     connection.execute(self._sql["unlock"], {"target": target})
+
+    @contextmanager
+    def _failing_in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except DatabaseProblem as problem:
+            raise LedgerFailed(str(problem)) from problem
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            said = (error.diag.message_primary or str(error)).strip().splitlines()
+            raise LedgerFailed(f"the database failed: {said[0] if said else type(error).__name__}") from error
 
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
         wanted = Jsonb({target: list(names) for target, names in streams.items()})
@@ -286,8 +296,8 @@ class PostgresTargetLedger(TargetLedger):
     def check(self) -> None:
         self._execute("still_connected")
 
-    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
-        self._execute("hold", status=status, reason=_storable(reason), failed_runs=failed_runs, retry_at=retry_at)
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_in: float | None) -> None:
+        self._execute("hold", status=status, reason=_storable(reason), failed_runs=failed_runs, retry_in=retry_in)
 
     def resume(self) -> None:
         self._execute("resume")

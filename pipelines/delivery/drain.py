@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from queue import Empty, SimpleQueue
 
 from pipelines.changes.record import ChangeRecord
@@ -69,6 +68,21 @@ class DrainLimits:
     window_bytes: int = 32_000_000
 
 
+class StopRequest:
+    """What a signal's handler sets. No lock: a second signal may come while the first is being handled."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def set(self) -> None:
+        """Ask the drain to end."""
+        self._asked = True
+
+    def is_set(self) -> bool:
+        """Say whether it was asked to."""
+        return self._asked
+
+
 def drain(
     *,
     policy: DrainPolicy,
@@ -77,7 +91,7 @@ def drain(
     connect: Callable[[], TargetClient],
     clock: Clock,
     limits: DrainLimits,
-    stop: threading.Event | None = None,
+    stop: StopRequest | None = None,
     on_progress: Callable[[Recorder], None] | None = None,
 ) -> DrainReport:
     """Deliver all that the target is owed; return when it has caught up and lingered, or cannot go on.
@@ -93,7 +107,7 @@ def drain(
         connect=connect,
         clock=clock,
         limits=limits,
-        stop=stop or threading.Event(),
+        stop=stop or StopRequest(),
         on_progress=on_progress or (lambda _: None),
         state=state,
     )
@@ -160,7 +174,7 @@ class _Loop:
         connect: Callable[[], TargetClient],
         clock: Clock,
         limits: DrainLimits,
-        stop: threading.Event,
+        stop: StopRequest,
         on_progress: Callable[[Recorder], None],
         state: TargetState,
     ) -> None:
@@ -232,7 +246,13 @@ class _Loop:
             rendered=sum(len(batch.changes) for _, plan in plans for batch in plan.batches),
             unrenderable=sum(plan.unrenderable for _, plan in plans),
         )
+        lane_of_key: dict[Key, int] = {}
         for left, plan in plans:
+            if self._lanes_differ(left, lane_of_key):
+                # They were claimed by runs with other numbers of lanes: a key's batches must not go side by side.
+                self._finish_outstanding()
+                lane_of_key.clear()
+            lane_of_key.update(dict.fromkeys(map(key_of, left.changes), left.lane % self._policy.max_in_flight))
             if self._gate.halt is not None:
                 break
             if left.set_aside and not suspects:
@@ -241,6 +261,10 @@ class _Loop:
             else:
                 self._dispatch_leftover(left, plan)
         self._finish_outstanding()
+
+    def _lanes_differ(self, left: Leftover, lane_of_key: Mapping[Key, int]) -> bool:
+        lane = left.lane % self._policy.max_in_flight
+        return any(lane_of_key.get(key_of(change), lane) != lane for change in left.changes)
 
     def _send_suspects(self) -> None:
         """Send again whatever is claimed and was not delivered, the suspects with it."""
@@ -283,7 +307,7 @@ class _Loop:
                 self._linger(self._limits.poll_seconds)
 
     def _linger(self, seconds: float) -> None:
-        """Wait, but not on the stop event: a signal's handler sets it, maybe while this thread would hold its lock."""
+        """Wait; a stop request, which cannot wake anybody, is looked at again and again."""
         until = self._clock.monotonic() + seconds
         while not self._stop.is_set() and (left := until - self._clock.monotonic()) > 0:
             with suppress(Empty):
@@ -452,7 +476,8 @@ class _Loop:
             self._recorder.count("filtered", settlement.filtered)
             self._recorder.bury(settlement.dead)
             for change in settlement.accepted:
-                self._recorder.lags.add((now - change.changed_at).total_seconds())
+                # The clocks of two machines: a change cannot have been delivered before it was made.
+                self._recorder.lags.add(max(0.0, (now - change.changed_at).total_seconds()))
         self._on_progress(self._recorder)
 
     def _sender(self) -> tuple[Sender, TargetClient]:
@@ -510,12 +535,7 @@ class _Loop:
     def _hold_aside(self) -> None:
         """Write down that batches wait while the target is well; the more often they were set aside, the longer."""
         seconds = self._longer_and_longer(self._aside.times)
-        self._ledger.hold(
-            status="active",
-            reason=self._aside.describe(),
-            failed_runs=0,
-            retry_at=self._clock.now() + timedelta(seconds=seconds),
-        )
+        self._ledger.hold(status="active", reason=self._aside.describe(), failed_runs=0, retry_in=seconds)
 
     def _longer_and_longer(self, times: int) -> float:
         """Return how many seconds to leave alone what was tried so many times in vain: up to five minutes."""
@@ -528,23 +548,14 @@ class _Loop:
         match halt.cause:
             case "deferred":
                 seconds = max(self._longer_and_longer(failed_runs), halt.retry_after or 0.0)
-                self._ledger.hold(
-                    status="active",
-                    reason=halt.reason,
-                    failed_runs=failed_runs,
-                    retry_at=self._clock.now() + timedelta(seconds=seconds),
-                )
+                self._ledger.hold(status="active", reason=halt.reason, failed_runs=failed_runs, retry_in=seconds)
             case "credentials" | "configuration":
-                self._ledger.hold(
-                    status="paused",
-                    reason=halt.reason,
-                    failed_runs=failed_runs,
-                    retry_at=self._clock.now() + timedelta(seconds=self._policy.probe_interval),
-                )
+                seconds = self._policy.probe_interval
+                self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_in=seconds)
             case "gone":
-                self._ledger.hold(status="disabled", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
+                self._ledger.hold(status="disabled", reason=halt.reason, failed_runs=failed_runs, retry_in=None)
             case _:
-                self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_at=None)
+                self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_in=None)
 
 
 @dataclass(slots=True)

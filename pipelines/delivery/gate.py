@@ -4,8 +4,8 @@ What concerns the target as a whole (its rate limit, a `Retry-After`, the breake
 lane at once. A *halt* ends the run's sending: what is in flight is finished, nothing new goes out.
 """
 
-from collections import deque
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from threading import Condition
 from typing import Literal
 
@@ -35,6 +35,24 @@ class Permit:
     probe: bool
 
 
+@dataclass(slots=True)
+class _Fates:
+    """How the last records went, answer by answer."""
+
+    answers: deque[tuple[int, int]] = field(default_factory=deque)
+    judged: int = 0
+    dead: int = 0
+
+    def add(self, accepted: int, dead: int) -> None:
+        self.answers.append((accepted, dead))
+        self.judged += accepted + dead
+        self.dead += dead
+        while self.judged - sum(self.answers[0]) >= _GUARD_SAMPLE:
+            taken, refused = self.answers.popleft()
+            self.judged -= taken + refused
+            self.dead -= refused
+
+
 class TargetGate:
     """Admits requests to one target. Thread-safe."""
 
@@ -57,9 +75,7 @@ class TargetGate:
         self._changed = Condition()
         self._hold_until: float | None = None
         self._halt: Halt | None = None
-        self._fates: deque[tuple[int, int]] = deque()  # of the last records: accepted and dead, answer by answer
-        self._judged = 0
-        self._dead = 0
+        self._fates: dict[object, _Fates] = defaultdict(_Fates)
         self._rendered = 0
         self._unrenderable = 0
 
@@ -142,16 +158,25 @@ class TargetGate:
                 self._one_probe = False
                 self._changed.notify_all()
 
-    def failed(self, permit: Permit, reason: str, *, retry_after: float | None = None, excused: bool = False) -> None:
+    def failed(
+        self,
+        permit: Permit,
+        reason: str,
+        *,
+        retry_after: float | None = None,
+        excused: bool = False,
+        again: bool = False,
+    ) -> None:
         """Note a fault of the target's; *retry_after* seconds hold every lane, not only this one.
 
         If an earlier run left the target unwell (*one_probe*), a failed probe is all that this run tries. One that is
         *excused*, for its batch was given up on before, says little: another is the next probe, so long as they do not
-        fail `failure_threshold` times in a row.
+        fail `failure_threshold` times in a row. *again* says that the same request failed before and that its records
+        may be to blame: however often it is tried, it counts once.
         """
         with self._changed:
             now = self._clock.monotonic()
-            if excused and not permit.probe:
+            if (excused or again) and not permit.probe:
                 return
             self._breaker.failed(now, probe=permit.probe)
             if excused and self._excused + 1 < self._breaker.failure_threshold:
@@ -189,22 +214,17 @@ class TargetGate:
         with self._changed:
             return 0.0 if self._hold_until is None else max(0.0, self._hold_until - self._clock.monotonic())
 
-    def judge_records(self, *, accepted: int, dead: int) -> None:
+    def judge_records(self, *, accepted: int, dead: int, of: object = None) -> None:
         """Count outcomes for the dead-letter guard; halt if too many of the run's last 200 records or so were refused.
 
-        One wrong mapping refuses every record, and a target can change its mind while a drain lingers.
+        One wrong mapping refuses every record, and a target can change its mind while a drain lingers. What records
+        were sent as (*of*: stream and operation) is weighed by itself: one wrong path must not hide behind others.
         """
         with self._changed:
-            if not accepted + dead:
-                return
-            self._fates.append((accepted, dead))
-            self._judged += accepted + dead
-            self._dead += dead
-            while self._judged - sum(self._fates[0]) >= _GUARD_SAMPLE:
-                taken, refused = self._fates.popleft()
-                self._judged -= taken + refused
-                self._dead -= refused
-            self._guard_against(self._dead, self._judged, "were refused: the mapping is wrong, or the target is")
+            if accepted + dead:
+                fates = self._fates[of]
+                fates.add(accepted, dead)
+                self._guard_against(fates.dead, fates.judged, "were refused: the mapping is wrong, or the target is")
 
     def judge_rendering(self, *, rendered: int, unrenderable: int) -> None:
         """Count what is about to be written down; halt if too many of the run's first records cannot be rendered.

@@ -31,6 +31,10 @@ class LedgerConflict(Exception):
     """A settlement names a change that is not claimed, or one twice: two writers, or a defect. Nothing was written."""
 
 
+class LedgerFailed(Exception):
+    """The ledger cannot be reached, or cannot write: a sentence that says why. What was written down stands."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetState:
     """One target's row, without its sets."""
@@ -193,9 +197,10 @@ class TargetLedger(ABC):
         """Raise if the connection, and with it the lock, is lost: then another drain may be at work."""
 
     @abstractmethod
-    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
-        """Open the breaker: do not try the target before *retry_at* (None: until a person launches a run).
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_in: float | None) -> None:
+        """Open the breaker: do not try the target for *retry_in* seconds (None: until a person launches a run).
 
+        Seconds, for it is the ledger's own clock that says when they are over: the machines of the runs may differ.
         With *failed_runs* of 0 the target is well, and only what is claimed waits.
         """
 
@@ -216,7 +221,10 @@ class Ledger(ABC):
 
     @abstractmethod
     def open_target(self, target: str, *, run_id: str) -> AbstractContextManager[TargetLedger | None]:
-        """Take the lock of a registered target until the context ends; None if another drain has it."""
+        """Take the lock of a registered target until the context ends; None if another drain has it.
+
+        The context raises LedgerFailed in place of whatever the ledger's own trouble looks like.
+        """
 
     @abstractmethod
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:

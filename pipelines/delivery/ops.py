@@ -18,8 +18,8 @@ from pipelines.delivery.catalog import TargetCatalog, TargetMisconfigured
 from pipelines.delivery.choosing import choose_targets
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.concluding import conclude
-from pipelines.delivery.drain import DrainLimits, drain
-from pipelines.delivery.ledger import Ledger
+from pipelines.delivery.drain import DrainLimits, StopRequest, drain
+from pipelines.delivery.ledger import Ledger, LedgerFailed
 from pipelines.delivery.loading import CannotLoad, Loader, LoadProgress
 from pipelines.delivery.report import DrainReport, Recorder
 
@@ -97,23 +97,29 @@ def deliver_to_target(
     except TargetMisconfigured as error:
         context.log.error(str(error))
         return DrainReport(target=plan.target, end="paused", reason=str(error))
-    with ledger.open_target(plan.target, run_id=context.run_id) as target_ledger, _stop_on_signals() as stop:
-        if target_ledger is None:
-            context.log.info(f"{plan.target}: another drain holds its lock")
-            return DrainReport(target=plan.target, end="held", reason="another drain holds its lock")
-        problem = _finish_loads(context, loader, plan.target, stop)
-        report = drain(
-            policy=destination.policy,
-            routes=destination.routes,
-            ledger=target_ledger,
-            connect=destination.connect,
-            clock=clock,
-            limits=DrainLimits(
-                linger_seconds=plan.linger_seconds, poll_seconds=plan.poll_seconds, max_seconds=plan.max_seconds
-            ),
-            stop=stop,
-            on_progress=_progress_logger(context, plan.target),
-        )
+    problem: str | None = None
+    try:
+        with ledger.open_target(plan.target, run_id=context.run_id) as target_ledger, _stop_on_signals() as stop:
+            if target_ledger is None:
+                context.log.info(f"{plan.target}: another drain holds its lock")
+                return DrainReport(target=plan.target, end="held", reason="another drain holds its lock")
+            problem = _finish_loads(context, loader, plan.target, stop)
+            report = drain(
+                policy=destination.policy,
+                routes=destination.routes,
+                ledger=target_ledger,
+                connect=destination.connect,
+                clock=clock,
+                limits=DrainLimits(
+                    linger_seconds=plan.linger_seconds, poll_seconds=plan.poll_seconds, max_seconds=plan.max_seconds
+                ),
+                stop=stop,
+                on_progress=_progress_logger(context, plan.target),
+            )
+    except LedgerFailed as error:
+        # What was claimed is in the database and goes out again, under its keys, once that is well.
+        context.log.error(f"{plan.target}: {error}")
+        return DrainReport(target=plan.target, end="failed", reason=str(error))
     _report_assets(context, report)
     if problem is not None and report.end == "caught_up":
         return replace(report, end="deferred", reason=problem)
@@ -145,7 +151,7 @@ def conclude_delivery(
         raise dg.Failure("; ".join(failures), allow_retries=False)
 
 
-def _finish_loads(context: dg.OpExecutionContext, loader: Loader, target: str, stop: threading.Event) -> str | None:
+def _finish_loads(context: dg.OpExecutionContext, loader: Loader, target: str, stop: StopRequest) -> str | None:
     """Append what is missing of the target's initial loads; return why, if it cannot be. Live changes do not wait."""
     for load in loader.loads([target]):
         try:
@@ -160,9 +166,9 @@ def _finish_loads(context: dg.OpExecutionContext, loader: Loader, target: str, s
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
+def _stop_on_signals() -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT (a cancelled run, a stopped machine) into a graceful stop while a drain is at work."""
-    stop = threading.Event()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

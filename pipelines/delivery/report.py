@@ -11,7 +11,7 @@ from typing import Literal
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord
 
-End = Literal["caught_up", "deferred", "paused", "stopped", "held"]
+End = Literal["caught_up", "deferred", "paused", "stopped", "held", "failed"]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -241,10 +241,10 @@ class Sender:
             return []
         match verdict:
             case Accepted():
-                self._note(tally, accepted=part.changes)
+                self._note(tally, route, part.operation, accepted=part.changes)
                 return []
             case Rejected():
-                self._note(tally, route, rejected=[(part.changes[0], verdict)])
+                self._note(tally, route, part.operation, rejected=[(part.changes[0], verdict)])
                 return []
             case Split():
                 half = len(part.changes) // 2
@@ -257,6 +257,7 @@ class Sender:
                 self._note(
                     tally,
                     route,
+                    part.operation,
                     accepted=[part.changes[i] for i in verdict.accepted],
                     rejected=[(part.changes[i], refusal) for i, refusal in verdict.rejected.items()],
                 )
@@ -290,14 +291,14 @@ class Sender:
         if part.fallen_back or other is None:
             reason = f"'{part.operation.kind}' and its fallback '{kind}' were both refused"
             refusal = Rejected(reason=reason, status=tally.status)
-            self._note(tally, route, rejected=[(change, refusal) for change in part.changes])
+            self._note(tally, route, part.operation, rejected=[(change, refusal) for change in part.changes])
             return []
         parts: list[_Part] = []
         for change in part.changes:
             try:
                 fragment = other.render_record(change)
             except RecordUnrenderable as error:
-                self._note(tally, route, rejected=[(change, Rejected(reason=str(error)))])
+                self._note(tally, route, other, rejected=[(change, Rejected(reason=str(error)))])
                 continue
             if fragment is None:
                 tally.filtered.append(change)
@@ -308,7 +309,8 @@ class Sender:
     def _note(
         self,
         tally: _Tally,
-        route: Route | None = None,
+        route: Route,
+        operation: RouteOperation,
         *,
         accepted: Sequence[ChangeRecord] = (),
         rejected: Sequence[tuple[ChangeRecord, Rejected]] = (),
@@ -316,12 +318,12 @@ class Sender:
         tally.accepted.extend(accepted)
         for change, refusal in rejected:
             tally.error = refusal.reason
-            if route is not None and route.on_dead == "block":
+            if route.on_dead == "block":
                 self._holds.block(change)
             tally.dead.append(
                 DeadRecord(change=change, reason=refusal.reason, status=refusal.status, response=refusal.response)
             )
-        self._gate.judge_records(accepted=len(accepted), dead=len(rejected))
+        self._gate.judge_records(accepted=len(accepted), dead=len(rejected), of=(route.stream, operation.kind))
 
     def _until_decided(self, part: _Part, fault: TargetFault | None, tally: _Tally, *, suspect: bool) -> Verdict:
         """Send the same bytes under the same key until the answer is about the records; raises _GaveUp or _SetAside."""
@@ -341,7 +343,8 @@ class Sender:
             verdict = judge(
                 answer, operation=part.operation, changes=part.changes, rules=self._rules, now=self._clock.now()
             )
-            return self._tell_gate(verdict, permit, tally, suspect=suspect)
+            again = give_up_at is not None
+            return self._tell_gate(verdict, permit, tally, suspect=suspect, again=again)
 
         verdict = fault or attempt(None)
         if isinstance(verdict, TargetFault):
@@ -350,12 +353,17 @@ class Sender:
             verdict = self._retry_until_decided(attempt, verdict, tally)
         return verdict
 
-    def _tell_gate(self, verdict: Verdict, permit: Permit, tally: _Tally, *, suspect: bool) -> Verdict:
+    def _tell_gate(self, verdict: Verdict, permit: Permit, tally: _Tally, *, suspect: bool, again: bool) -> Verdict:
         match verdict:
             case TargetFault():
                 tally.error = verdict.reason
-                excused = suspect and verdict.may_be_the_records
-                self._gate.failed(permit, verdict.reason, retry_after=verdict.retry_after, excused=excused)
+                self._gate.failed(
+                    permit,
+                    verdict.reason,
+                    retry_after=verdict.retry_after,
+                    excused=suspect and verdict.may_be_the_records,
+                    again=again and verdict.may_be_the_records,
+                )
             case Pause():
                 tally.error = verdict.reason
                 self._gate.pause(verdict, permit)
@@ -363,7 +371,7 @@ class Sender:
             case Items() if not (verdict.accepted or verdict.rejected or verdict.fallback):
                 # Not one record is decided: the batch must not go round and round, so it counts as a fault.
                 fault = TargetFault(reason=verdict.retry_reason, may_be_the_records=True)
-                return self._tell_gate(fault, permit, tally, suspect=suspect)
+                return self._tell_gate(fault, permit, tally, suspect=suspect, again=again)
             case _:
                 self._gate.succeeded()
         return verdict

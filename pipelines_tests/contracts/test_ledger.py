@@ -153,7 +153,7 @@ def test_registering_again_changes_nothing(subject: Subject, crm: TargetLedger) 
     subject.append()
     accept_all(crm)
     subject.append()
-    crm.hold(status="paused", reason="401", failed_runs=2, retry_at=None)
+    crm.hold(status="paused", reason="401", failed_runs=2, retry_in=None)
 
     subject.ledger.register({"crm": "now"})
     subject.ledger.register({"crm": "beginning", "email": "beginning"})
@@ -878,14 +878,18 @@ def test_every_target_of_a_log_knows_which_log_it_is(subject: Subject) -> None:
 
 
 def test_a_hold_is_remembered_until_the_target_resumes(subject: Subject) -> None:
+    """From the ledger's own clock on."""
     subject.ledger.register({"crm": "beginning"})
-    retry_at = subject.now() + timedelta(hours=1)
+    before = subject.now()
     with subject.open("crm") as first:
         assert as_left(first) == TargetState(log_id=LOG_ID, target="crm")
-        first.hold(status="active", reason="answered 503", failed_runs=2, retry_at=retry_at)
+        first.hold(status="active", reason="answered 503", failed_runs=2, retry_in=3600)
     with subject.open("crm") as second:
-        assert as_left(second) == TargetState(
-            log_id=LOG_ID, target="crm", status="active", reason="answered 503", failed_runs=2, retry_at=retry_at
+        state = as_left(second)
+        assert state.retry_at is not None
+        assert timedelta(hours=1) - timedelta(seconds=1) <= state.retry_at - before < timedelta(hours=1, minutes=1)
+        assert replace(state, retry_at=None) == TargetState(
+            log_id=LOG_ID, target="crm", status="active", reason="answered 503", failed_runs=2
         )
         second.resume()
         assert as_left(second) == TargetState(log_id=LOG_ID, target="crm")
@@ -983,9 +987,8 @@ def test_a_target_waits_until_it_may_be_tried(subject: Subject, status: str, hou
     """A pause without a time waits for a person."""
     subject.ledger.register({"crm": "beginning"})
     subject.append()
-    retry_at = None if hours is None else subject.now() + timedelta(hours=hours)
     with subject.open("crm") as crm:
-        crm.hold(status=status, reason="why", failed_runs=1, retry_at=retry_at)  # type: ignore[arg-type]
+        crm.hold(status=status, reason="why", failed_runs=1, retry_in=None if hours is None else hours * 3600)  # type: ignore[arg-type]
 
     (found,) = subject.ledger.owed({"crm": ["customers"]})
 
@@ -998,7 +1001,7 @@ def test_what_was_set_aside_waits_and_what_is_pending_does_not(subject: Subject)
     with subject.open("crm") as crm:
         ((batch_id, _),) = claim_each(crm, read(crm)).items()
         crm.settle([Settlement(batch_id=batch_id, set_aside=True, attempts=3)])
-        crm.hold(status="active", reason="why", failed_runs=0, retry_at=subject.now() + timedelta(hours=1))
+        crm.hold(status="active", reason="why", failed_runs=0, retry_in=3600)
         assert [left.set_aside for left in crm.leftovers()] == [1]
         crm.settle([Settlement(batch_id=batch_id, set_aside=False, attempts=1)])
         assert [left.set_aside for left in crm.leftovers()] == [1]
@@ -1014,7 +1017,7 @@ def test_a_target_that_was_down_waits_with_all_that_is_pending(subject: Subject)
     subject.ledger.register({"crm": "beginning"})
     subject.append(key="a")
     with subject.open("crm") as crm:
-        crm.hold(status="active", reason="why", failed_runs=1, retry_at=subject.now() + timedelta(hours=1))
+        crm.hold(status="active", reason="why", failed_runs=1, retry_in=3600)
 
     assert owed(subject, "customers") == (True, False, True)
 

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -497,7 +497,7 @@ def test_an_unwell_target_that_is_owed_nothing_is_left_alone() -> None:
     ledger = a_ledger()
     with ledger.open_target("api", run_id="run") as target_ledger:
         assert target_ledger is not None
-        target_ledger.hold(status="paused", reason="answered 401", failed_runs=3, retry_at=None)
+        target_ledger.hold(status="paused", reason="answered 401", failed_runs=3, retry_in=None)
     target = ScriptedTarget()
 
     run(ledger, target)
@@ -1038,3 +1038,12 @@ def test_nothing_is_lost_and_no_key_goes_backwards(
     if mode == "event":
         assert counts.superseded == 0
         assert set(dead_ids(ledger)) == bad
+
+
+def test_a_change_cannot_have_been_delivered_before_it_was_made() -> None:
+    """Though the clock that stamped it may be ahead of ours."""
+    late = ChangeRecord(1, "customers", "1", "update", b'{"id": "1", "change": 1}', datetime(2030, 1, 1, tzinfo=UTC))
+
+    report = run(a_ledger([late]), ScriptedTarget())
+
+    assert report.lag_p95 == 0

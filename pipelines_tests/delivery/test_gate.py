@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
-from pipelines.delivery.gate import Permit, TargetGate
+from pipelines.delivery.gate import Halt, Permit, TargetGate
 from pipelines.delivery.outcome import Pause
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines_tests.fakes.clock import FakeClock
@@ -358,3 +358,62 @@ def test_unrenderable_records_are_weighed_at_the_beginning_of_a_run_only() -> No
     gate.judge_rendering(rendered=0, unrenderable=50)
 
     assert gate.halt is None
+
+
+# Whose fault is it, the target's or the records'? ---------------------------------------------------------------------
+
+
+def test_what_fails_again_counts_once_unless_it_is_the_probe() -> None:
+    gate = a_gate(failure_threshold=2)
+    for _ in range(5):
+        gate.failed(entered(gate), "500", again=True)
+    assert gate.healthy
+    gate.failed(entered(gate), "500")
+    gate.failed(entered(gate), "500")
+    assert not gate.healthy
+
+
+def test_after_others_have_succeeded_there_is_no_doubt() -> None:
+    gate = a_gate()
+    before = gate.successes
+    entered(gate)
+    gate.succeeded()
+
+    gate.doubt(since=before)
+
+    assert not gate.in_doubt
+    assert gate.healthy
+
+
+def test_a_doubt_makes_the_next_request_the_probe_and_it_decides() -> None:
+    failing, succeeding = a_gate(), a_gate()
+    for gate in (failing, succeeding):
+        gate.doubt(since=gate.successes)
+        assert gate.in_doubt
+    failing.failed(entered(failing), "answered 500")
+    entered(succeeding)
+    succeeding.succeeded()
+
+    assert failing.halt == Halt(cause="deferred", reason="answered 500")
+    assert (succeeding.halt, succeeding.in_doubt) == (None, False)
+
+
+def test_suspects_do_not_decide_until_there_are_too_many() -> None:
+    gate = a_gate(failure_threshold=3, unwell=True)
+    for _ in range(2):
+        gate.failed(entered(gate), "answered 500", excused=True)
+        assert gate.halt is None
+    gate.failed(entered(gate), "answered 500", excused=True)
+
+    assert gate.halt is not None
+
+
+def test_one_operation_that_is_refused_does_not_hide_behind_others() -> None:
+    """A wrong path for updates, while many more inserts are accepted."""
+    gate = a_gate(guard=0.5)
+    for _ in range(20):
+        gate.judge_records(accepted=10, dead=0, of=("people", "insert"))
+        gate.judge_records(accepted=0, dead=1, of=("people", "update"))
+
+    assert gate.halt is not None
+    assert "20 of 20 records were refused" in gate.halt.reason

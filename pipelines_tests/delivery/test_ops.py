@@ -5,7 +5,8 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.jobs import delivery_job
+from pipelines.delivery.ledger import LedgerFailed
 from pipelines.delivery.ops import DeliveryPlan, PlanConfig, conclude_delivery, deliver_to_target, plan_deliveries
 from pipelines.delivery.report import DrainReport
 from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
@@ -271,6 +273,26 @@ class TestDeliverToTarget:
 
         assert (report.end, report.reason) == ("stopped", "max_seconds (60) passed")
         assert 4 <= ledger.conservation("crm").accepted < 2000
+
+
+class TestLedgerFailure:
+    def test_a_ledger_that_fails_is_told_in_a_report_so_that_other_targets_are_concluded(self):
+        """A step that raised would keep the last op, and with it every target's line, from running."""
+
+        class Failing(FakeLedger):
+            @contextmanager
+            def open_target(self, target: str, *, run_id: str) -> Iterator[Any]:
+                with super().open_target(target, run_id=run_id) as opened:
+                    yield opened
+                    raise LedgerFailed("the database failed: could not extend file: No space left on device")
+
+        ledger = Failing(targets={"crm": "beginning"})
+        ledger.append("people", "1", payload=b'{"id": "1"}')
+
+        report = deliver(ledger, FakeTargetCatalog([target_config("crm")]))
+
+        assert report.end == "failed"
+        assert report.reason == "the database failed: could not extend file: No space left on device"
 
 
 class TestInitialLoads:

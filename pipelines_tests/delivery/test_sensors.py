@@ -175,7 +175,7 @@ def test_a_held_back_target_gets_its_run_once_its_time_has_come(instance):
     catalog = FakeTargetCatalog([target_config("crm")])
     with ledger.open_target("crm", run_id="another") as opened:
         assert opened is not None
-        opened.hold(status="active", reason="answered 503", failed_runs=1, retry_at=clock.now().replace(minute=5))
+        opened.hold(status="active", reason="answered 503", failed_runs=1, retry_in=300)
 
     early = tick(instance, ledger, catalog)
     clock.advance(5 * MINUTE)
@@ -190,7 +190,7 @@ def test_a_target_paused_until_a_person_acts_is_left_alone_with_the_reason(insta
     ledger.append("people", "1")
     with ledger.open_target("crm", run_id="another") as opened:
         assert opened is not None
-        opened.hold(status="paused", reason="the mapping is wrong", failed_runs=1, retry_at=None)
+        opened.hold(status="paused", reason="the mapping is wrong", failed_runs=1, retry_in=None)
 
     answer = tick(instance, ledger, FakeTargetCatalog([target_config("crm")]))
 

@@ -1,6 +1,7 @@
 """A record that a target always answers with a 500 must not look like an outage: the others go on, and it is kept."""
 
 import json
+import time
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, drain
 from pipelines.delivery.judging import JudgingRules
+from pipelines.delivery.planning import lane_of
 from pipelines.delivery.report import DrainReport
 from pipelines.delivery.sending import RetryPolicy
 from pipelines_tests.fakes.clock import FakeClock
@@ -261,3 +263,42 @@ def test_drop_on_is_the_way_out() -> None:
     assert report.end == "caught_up"
     assert [dead.change.key for _, dead in ledger.dead_letters] == ["1"]
     assert ledger.conservation("api").accepted == 4
+
+
+def test_a_keys_leftovers_of_runs_with_other_numbers_of_lanes_are_not_sent_side_by_side() -> None:
+    """The first was set aside by three lanes, the second claimed behind it by four."""
+    key = next(
+        str(i) for i in range(99) if lane_of("customers", str(i), lanes=3) != lane_of("customers", str(i), lanes=4)
+    )
+    ledger = a_ledger(change(1, key), *[change(i, f"x{i}") for i in range(2, 20)], clock=SystemClock())
+    sick = ScriptedTarget(poisoned(key))
+    run(ledger, sick, routes=EVENTS, lanes=3, retry=QUICK, failure_threshold=1000)
+    ledger.seed([change(20, key), *[change(i, f"y{i}") for i in range(21, 40)]])
+    run(ledger, sick, routes=EVENTS, lanes=4, retry=QUICK, failure_threshold=1000)
+    assert ledger.claimed["api"] == {1, 20}
+    answered: list[int] = []
+
+    def the_first_takes_long(request: SentRequest) -> Step:
+        [row] = members(request)
+        time.sleep(0.1 if row["change"] == 1 else 0)
+        answered.append(row["change"])
+        return 200
+
+    run(ledger, ScriptedTarget(the_first_takes_long), routes=EVENTS, lanes=4)
+
+    assert answered == [1, 20]
+
+
+def test_one_record_that_fails_again_and_again_does_not_open_the_breaker() -> None:
+    """However often it is tried it counts once: else its neighbours would wait for a target that is well."""
+    ledger = a_ledger(*[change(i) for i in range(1, 4)])
+    target = ScriptedTarget(poisoned("1"))
+
+    report = run(
+        ledger, target, routes=EVENTS, retry=RetryPolicy(max_elapsed=60), failure_threshold=3, error_timeout=1000
+    )
+
+    assert keys_sent(target).count("1") > 3
+    assert accepted_by(target, ["1"]) == ["2", "3"]
+    assert report.end == "deferred"
+    assert sum(ledger._clock.naps) < 100  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ What it does is what `pipelines_tests/contracts/test_ledger.py` finds Postgres t
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from threading import Lock
 from typing import Literal
 from uuid import UUID
@@ -534,8 +534,9 @@ class FakeTargetLedger(TargetLedger):
     def check(self) -> None:
         _ = self._row
 
-    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_at: datetime | None) -> None:
+    def hold(self, *, status: Status, reason: str, failed_runs: int, retry_in: float | None) -> None:
         row = self._row
+        retry_at = None if retry_in is None else self._ledger._clock.now() + timedelta(seconds=retry_in)
         row.status, row.reason, row.failed_runs, row.retry_at = status, reason, failed_runs, retry_at
 
     def resume(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, Settlement, TargetLedger, Window
+from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, LedgerFailed, Settlement, TargetLedger, Window
 from pipelines.delivery.outcome import DeadRecord
 from pipelines_tests.contracts.ledgers import PostgresSubject, Writer, claim_each, claim_of, comes_true, ids, read
 from resources.postgres_ledger import PostgresTargetLedger
@@ -69,6 +69,21 @@ with PostgresLedger(sys.argv[1]).open_target("crm", run_id="other") as ledger:
 """
 
 
+def test_a_database_that_fails_under_a_drain_is_told_in_one_sentence(subject: PostgresSubject) -> None:
+    """Not in an exception of the driver's, which nobody above the adapter knows."""
+
+    def drain_whose_connection_is_cut() -> None:
+        with subject.open("crm") as crm:
+            subject.rows(
+                "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+                " where application_name = 'distributary drain crm' and datname = current_database()"
+            )
+            crm.check()
+
+    with pytest.raises(LedgerFailed, match=r"^the database failed: [^\n]+$"):
+        drain_whose_connection_is_cut()
+
+
 def test_a_killed_process_frees_the_lock(subject: PostgresSubject) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", _HOLD_THE_LOCK, subject.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -121,7 +136,7 @@ def test_texts_that_postgres_cannot_hold_are_kept_as_far_as_they_can_be(subject:
                 )
             ]
         )
-        crm.hold(status="paused", reason=odd, failed_runs=1, retry_at=None)
+        crm.hold(status="paused", reason=odd, failed_runs=1, retry_in=None)
 
         reason = crm.state().reason
     letters = subject.rows("select reason, response, status_code from distributary.dead_letter order by change_id")

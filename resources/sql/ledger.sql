@@ -260,7 +260,8 @@ where d.target = %(target)s and d.stream = a.stream and d.key = a.key and d.stat
 
 -- name: hold
 update distributary.target_state
-set status = %(status)s, reason = %(reason)s, failed_runs = %(failed_runs)s, retry_at = %(retry_at)s,
+set status = %(status)s, reason = %(reason)s, failed_runs = %(failed_runs)s,
+    retry_at = clock_timestamp() + make_interval(secs => %(retry_in)s::float8),
     updated_at = clock_timestamp()
 where target = %(target)s
 
@@ -314,7 +315,7 @@ cross join lateral (
 order by s.target
 
 -- name: conservation
-select count(l.change_id) - s.before_start as captured,
+select count(l.change_id) + s.pruned - s.before_start as captured,
        s.accepted, s.superseded, s.filtered, s.dead,
        count(l.change_id) filter (where s.claimed @> l.change_id) as claimed,
        count(l.change_id) filter (where not (s.settled + s.claimed @> l.change_id)) as pending
