@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SOAK_SECONDS ?= 600
 
-.PHONY: demo dev test check env clean
+.PHONY: demo dev test check soak bench-isolation bench-backlog env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -18,6 +19,15 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(READY)  ## writers, Dagster and failing targets for SOAK_SECONDS, killing on the way: what is lost?
+	$(BIN)/python -m soak --seconds $(SOAK_SECONDS)
+
+bench-isolation: $(READY)  ## do sick targets slow healthy ones down?
+	$(BIN)/python -m benchmarks.isolation
+
+bench-backlog: $(READY)  ## does a drain's memory grow with a backlog of a million changes?
+	$(BIN)/python -m benchmarks.backlog
 
 env: $(READY)  ## the environment alone
 

@@ -1,0 +1,1 @@
+"""Numbers that the project claims, measured by whoever wants to see them."""
