@@ -274,6 +274,13 @@ class _Loop:
         self._aside = _Aside()
         self._send_leftovers(suspects=True)
 
+    def _is_time_for_what_was_set_aside(self) -> bool:
+        """Say whether to try it again in this run: one that always finds more to do may go on for long."""
+        if not self._aside.times:
+            return False
+        waited = self._clock.monotonic() - self._aside.since
+        return waited >= self._longer_and_longer(self._aside.times)
+
     def _blocked(self, changes: Iterable[ChangeRecord]) -> dict[Key, int]:
         """Return which keys of *changes* have a dead change that blocks them."""
         if not self._blocking:
@@ -288,7 +295,7 @@ class _Loop:
             if self._gate.halt is not None:
                 self._finish_outstanding()
                 return
-            if self._suspects_wait and self._gate.healthy:
+            if self._gate.healthy and (self._suspects_wait or self._is_time_for_what_was_set_aside()):
                 self._send_suspects()
                 continue
             if self._should_read():
@@ -462,7 +469,7 @@ class _Loop:
         if sent.too_large is not None:
             self._learned[(batch.route.stream, batch.operation.kind)] = max(1, sent.too_large // 2)
         if sent.set_aside:
-            self._aside.add(sent, times=work.set_aside + 1)
+            self._aside.add(sent, times=work.set_aside + 1, now=self._clock.monotonic())
         return sent.settlement
 
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
@@ -566,9 +573,12 @@ class _Aside:
     times: int = 0
     """How often; the least of all."""
     reason: str = ""
+    since: float = 0.0
+    """When the last was set aside, in monotonic seconds."""
 
-    def add(self, sent: Sent, *, times: int) -> None:
+    def add(self, sent: Sent, *, times: int, now: float) -> None:
         self.records += sent.set_aside
+        self.since = now
         if sent.settlement.set_aside:  # else it waits for one that was
             self.times = min(self.times or times, times)
             self.reason = sent.settlement.error or self.reason

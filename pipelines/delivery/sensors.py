@@ -47,7 +47,13 @@ def change_sensor(
     config = PlanConfig(targets=list(choice.targets), linger_seconds=_LINGER_SECONDS, max_seconds=_MAX_SECONDS)
     request = dg.RunRequest(
         run_config=dg.RunConfig(ops={"plan_deliveries": config}),
-        tags={TARGETS_TAG: ",".join(choice.targets)},
+        tags={
+            TARGETS_TAG: ",".join(choice.targets),
+            # Long after its drains have ended: then its process was killed, and nobody has said so.
+            "dagster/max_runtime": str(int(2 * _MAX_SECONDS)),
+            # The next tick sees to what is left. A retry would come beside it, and find the locks held.
+            "dagster/max_retries": "0",
+        },
     )
     return dg.SensorResult(run_requests=[request])
 

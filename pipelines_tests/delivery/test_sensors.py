@@ -83,7 +83,11 @@ def test_work_wakes_one_run_for_all_targets_that_have_some(instance, ledger):
     assert isinstance(answer, dg.SensorResult)
     (request,) = answer.run_requests or ()
     assert targets_of(answer) == ["crm", "email"]
-    assert request.tags[TARGETS_TAG] == "crm,email"
+    assert request.tags == {
+        TARGETS_TAG: "crm,email",
+        "dagster/max_runtime": "1800",
+        "dagster/max_retries": "0",
+    }
 
 
 def test_the_runs_configuration_is_one_that_the_job_takes(instance, ledger):

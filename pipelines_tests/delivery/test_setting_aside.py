@@ -302,3 +302,30 @@ def test_one_record_that_fails_again_and_again_does_not_open_the_breaker() -> No
     assert accepted_by(target, ["1"]) == ["2", "3"]
     assert report.end == "deferred"
     assert sum(ledger._clock.naps) < 100  # type: ignore[attr-defined]
+
+
+def test_a_run_that_always_finds_more_to_do_tries_again_what_it_set_aside() -> None:
+    """The target was unwell for a minute; the run goes on for much longer."""
+    clock = FakeClock()
+    ledger = a_ledger(change(1, "a"), change(2, "b"), clock=clock)
+    began = clock.monotonic()
+    written = 2
+
+    def well_after_a_minute(request: SentRequest) -> Step:
+        nonlocal written
+        [row] = members(request)
+        clock.advance(1)
+        if written < 120:
+            written += 1
+            ledger.seed([change(written, f"x{written}")])
+        return 500 if row["id"] == "a" and clock.monotonic() - began < 60 else 200
+
+    target = ScriptedTarget(well_after_a_minute)
+
+    report = run(ledger, target, routes=EVENTS, retry=QUICK, error_timeout=30.0)
+
+    assert report.end == "caught_up"
+    assert ledger.conservation("api").accepted == 120
+    about_it = [number for number, key in enumerate(keys_sent(target)) if key == "a"]
+    assert max(about_it) < 110
+    assert (ledger.states["api"].reason, ledger.states["api"].retry_at) == (None, None)
