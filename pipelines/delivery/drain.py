@@ -554,7 +554,7 @@ class _Loop:
         failed_runs = self._earlier_failed_runs + 1
         match halt.cause:
             case "deferred":
-                seconds = max(self._longer_and_longer(failed_runs), halt.retry_after or 0.0)
+                seconds = max(self._longer_and_longer(failed_runs), halt.retry_after or 0.0, self._gate.held_for())
                 self._ledger.hold(status="active", reason=halt.reason, failed_runs=failed_runs, retry_in=seconds)
             case "credentials" | "configuration":
                 seconds = self._policy.probe_interval

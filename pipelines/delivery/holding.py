@@ -80,7 +80,7 @@ class KeyHolds:
         """Return the dead change that *change*, a member of the batch, is blocked by."""
         with self._lock:
             block = self._blocks.get(key_of(change))
-            if block is None or block.change_id == change.change_id:
+            if block is None or block.change_id >= change.change_id:
                 return None
             if block.last_batch is not None and batch_id > block.last_batch:
                 del self._blocks[key_of(change)]  # from here on the ledger says what is blocked

@@ -123,7 +123,7 @@ def _render(
     if route is None or operation is None:
         filtered.append(change)
         return None
-    if blocks and (blocked_by := blocks.get(key_of(change))) is not None:
+    if blocks and (blocked_by := blocks.get(key_of(change), change.change_id)) < change.change_id:
         dead.append(blocked(change, blocked_by))
         return None
     try:

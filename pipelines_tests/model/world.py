@@ -63,8 +63,6 @@ OnDead = Literal["continue", "block", "supersede"]
 NOT_MENDED = frozenset(
     {
         "leftovers have no bound",
-        "a Retry-After that comes after the halt is forgotten",
-        "a change is blocked by a later one",
         "claimed batches go out whole by a route of single records",
         "an insert between updates is passed over where there is no update",
     }
@@ -737,10 +735,7 @@ class WatchedLedger(TargetLedger):
     def hold(self, *, status: Status, reason: str, failed_runs: int, retry_in: float | None) -> None:
         self._run.reach("hold")
         asked = self._run.leave_alone_until - self._run.world.clock.seconds
-        forgotten = "a Retry-After that comes after the halt is forgotten" in NOT_MENDED
-        assert forgotten or retry_in is None or retry_in >= asked - 1e-3, (
-            f"back in {retry_in}; the target asked for {asked}"
-        )
+        assert retry_in is None or retry_in >= asked - 1e-3, f"back in {retry_in}; the target asked for {asked}"
         self._inner.hold(status=status, reason=reason, failed_runs=failed_runs, retry_in=retry_in)
 
     def resume(self) -> None:
@@ -1009,9 +1004,6 @@ class World:
             record.change.change_id for record in others if record.blocked_by is None
         }
         assert behind in dead, f"{change} is blocked by {behind}, which is not dead"
-        if behind > change_id and "a change is blocked by a later one" in NOT_MENDED:
-            place.in_doubt.clear()  # the rest of its batch goes out without it
-            return
         assert behind < change_id
         assert self.source.committed[behind].row == change.row
 
