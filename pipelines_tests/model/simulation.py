@@ -24,10 +24,11 @@ from pipelines.delivery.clock import Clock
 
 _PATIENCE = 60.0
 _LONGEST_STRETCH = 64.0
+_LONGEST_RUN = 1_000_000.0
 
 
 class Stuck(Exception):
-    """Every thread waits for another one."""
+    """Every thread waits for another one, or one looks for days for what never comes."""
 
 
 class SimulatedClock(Clock):
@@ -74,7 +75,7 @@ class Turns:
     """Whose turn it is. With seed 0 threads are taken in turn and only where they block; else as the seed says."""
 
     def __init__(self, clock: SimulatedClock, *, seed: int) -> None:
-        self._clock = clock
+        self._clock, self._begun = clock, clock.seconds
         self._random = Random(seed) if seed else None
         self._mine = threading.local()
         self._tasks: deque[_Task] = deque()
@@ -103,7 +104,7 @@ class Turns:
             if not me.wake.acquire(timeout=_PATIENCE):
                 raise Stuck(f"a thread did not get its turn within {_PATIENCE:g} real seconds")
         if self._stuck:
-            raise Stuck("every thread waits for another one")
+            raise Stuck("nothing happens any more: every thread waits for another one, or for what never comes")
 
     def _choose(self) -> _Task:
         while True:
@@ -117,7 +118,7 @@ class Turns:
                 self._tasks.append(chosen)
                 return chosen
             deadlines = [task.deadline for task in self._tasks if task.deadline is not None]
-            if not deadlines:
+            if not deadlines or now > self._begun + _LONGEST_RUN:
                 self._stuck = True
                 return self._tasks[0]  # each is woken to raise it, and leaves
             self._clock.seconds = min(deadlines)
