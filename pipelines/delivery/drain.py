@@ -8,6 +8,7 @@ unwell, others are sent first, so that a suspect does not stand for it; if it wa
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -201,6 +202,8 @@ class _Loop:
         )
         self._results: SimpleQueue[object] = SimpleQueue()
         self._lanes: list[_Lane] = []
+        self._arrived: deque[object] = deque()
+        self._unwritten: list[Settlement] = []
         self._outstanding = 0
         self._outstanding_records = 0
         self._outstanding_bytes = 0
@@ -230,9 +233,12 @@ class _Loop:
 
     def _settle_what_came_late(self) -> None:
         """Write down what lanes were still told while the drain was ending: what is known must not be sent again."""
-        while not self._results.empty():
-            with suppress(Exception):  # the drain's own failure is the one to raise
+        while self._arrived or self._unwritten or not self._results.empty():
+            try:
                 self._settle_some()
+            except Exception:  # the drain's own failure is the one to raise
+                if self._unwritten:
+                    return  # the ledger still fails, and nothing later may be written without this
 
     def _send_leftovers(self, *, suspects: bool) -> None:
         """Send what an earlier drain claimed, as written, and wait for it: nothing new may overtake it.
@@ -421,41 +427,44 @@ class _Loop:
         raise DrainEnded
 
     def _settle_some(self) -> None:
-        """Wait a moment for a result, then write down all there are in one commit."""
-        results: list[object] = []
-        try:
-            results.append(self._results.get(timeout=_TICK))
+        """Wait a moment for a result, then write down all there are in one commit.
+
+        What cannot be written stays in front of what comes later: else a later outcome of a key could be written and an
+        earlier one not, and the next drain would send the earlier state again, after the later.
+        """
+        with suppress(Empty):
+            self._arrived.append(self._results.get(timeout=_TICK))
             while True:
-                results.append(self._results.get_nowait())
-        except Empty:
-            pass
-        if not results:
+                self._arrived.append(self._results.get_nowait())
+        if not self._arrived:
             self._keep_lock()
-        settlements: list[Settlement] = []
         broken: BaseException | None = None
-        for result in results:
+        while self._arrived:
+            result = self._arrived.popleft()
             if isinstance(result, BaseException):
                 broken = result  # after what the other lanes brought is written down
-                continue
-            if isinstance(result, Settlement):
-                settlements.append(result)  # of a part of a batch that is still out
-                continue
-            if isinstance(result, _Split):
-                if settlements:  # first, what is known of the whole
-                    self._write_down(settlements)
-                    settlements = []
+            elif isinstance(result, Settlement):
+                self._unwritten.append(result)  # of a part of a batch that is still out
+            elif isinstance(result, _Split):
+                self._write_unwritten()  # first, what is known of the whole
                 result.answer.put(self._ledger.split(result.batch_id, result.parts))
-                continue
-            assert isinstance(result, tuple)
-            work, sent = result
-            settlements.append(self._take_in(work, sent))
-        if settlements:
-            self._write_down(settlements)
-            if self._unwell and self._gate.healthy and self._gate.halt is None:
-                self._ledger.resume()
-                self._unwell, self._earlier_failed_runs = False, 0
+            else:
+                assert isinstance(result, tuple)
+                work, sent = result
+                self._unwritten.append(self._take_in(work, sent))
+        if self._write_unwritten() and self._unwell and self._gate.healthy and self._gate.halt is None:
+            self._ledger.resume()
+            self._unwell, self._earlier_failed_runs = False, 0
         if broken is not None:
             raise broken
+
+    def _write_unwritten(self) -> bool:
+        """Write down what is known; say whether there was anything."""
+        if not self._unwritten:
+            return False
+        self._write_down(self._unwritten)
+        self._unwritten = []
+        return True
 
     def _take_in(self, work: _Work, sent: Sent) -> Settlement:
         batch = work.batch

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain
+from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.report import DrainReport, Recorder
 from pipelines.delivery.routing import Route
 from pipelines.delivery.sending import RetryPolicy
 from pipelines_tests.fakes.clock import FakeClock
-from pipelines_tests.fakes.ledger import FakeLedger, FakeLockLost
+from pipelines_tests.fakes.ledger import FakeLedger, FakeLockLost, FakeTargetLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, no_answer, routes_of
 from resources.system_clock import SystemClock
 
@@ -836,6 +837,37 @@ def test_what_lanes_are_told_while_the_drain_ends_is_settled_too() -> None:
     answered = {one for request in target.sent if request.lane != "lane-1" for one in members(request)}
     assert answered
     assert answered <= ledger.settled["api"]
+
+
+def test_no_later_outcome_of_a_key_is_written_without_the_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit fails while the key's next change is on its way, and the one after that does not.
+
+    Were only the later one settled, the next drain would send the earlier state again, after the later.
+    """
+    ledger = a_ledger([change(1, "a"), change(2, "a")], clock=SystemClock())
+    sent, failed = threading.Event(), threading.Event()
+    working = FakeTargetLedger.settle
+
+    def fail_once(self: FakeTargetLedger, settlements: Sequence[Settlement]) -> None:
+        if failed.is_set():
+            working(self, settlements)
+            return
+        assert sent.wait(10)
+        failed.set()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(FakeTargetLedger, "settle", fail_once)
+
+    def script(request: SentRequest) -> Step:
+        if members(request) == [2]:
+            sent.set()
+            assert failed.wait(10)
+        return 200
+
+    with pytest.raises(OSError, match="No space left"):
+        run(ledger, ScriptedTarget(script), routes=SINGLY)
+
+    assert ledger.settled["api"] >= {1, 2}
 
 
 def test_a_drain_whose_lanes_only_retry_notices_that_its_lock_is_lost() -> None:
