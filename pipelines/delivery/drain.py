@@ -129,6 +129,8 @@ class _Work:
     batch: Batch
     set_aside: int = 0
     """Runs that set it aside before."""
+    claimed_as: int = 0
+    """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,13 @@ class _Lane(threading.Thread):
             sender, client = self._make()
             try:
                 while (work := self.work.get()) is not None:
-                    self._results.put((work, sender.send(work.batch_id, work.batch, suspect=work.set_aside > 0)))
+                    sent = sender.send(
+                        work.batch_id,
+                        work.batch,
+                        suspect=work.set_aside > 0,
+                        claimed_as=work.claimed_as or work.batch_id,
+                    )
+                    self._results.put((work, sent))
             finally:
                 client.close()
         except BaseException as error:  # handed to the loop, which raises it
@@ -252,6 +260,7 @@ class _Loop:
             rendered=sum(len(batch.changes) for _, plan in plans for batch in plan.batches),
             unrenderable=sum(plan.unrenderable for _, plan in plans),
         )
+        self._last_batch = max([self._last_batch, *(left.batch_id for left in leftovers)])
         lane_of_key: dict[Key, int] = {}
         for left, plan in plans:
             if self._lanes_differ(left, lane_of_key):
@@ -292,7 +301,7 @@ class _Loop:
         if not self._blocking:
             return {}
         keys = {key_of(change) for change in changes if change.stream in self._blocking}
-        return {**(self._ledger.blocked(keys) if keys else {}), **self._holds.unwritten()}
+        return dict(self._ledger.blocked(keys)) if keys else {}
 
     def _deliver_pending(self) -> None:
         caught_up_at: float | None = None
@@ -360,6 +369,8 @@ class _Loop:
 
     def _claim(self) -> None:
         """Write the next window down and hand its batches to the lanes."""
+        if self._holds.blocks_unwritten:
+            return  # first the refusal, then what is dead because of it
         pending = self._ledger.pending(
             max_records=self._limits.window_records - self._outstanding_records,
             max_bytes=self._limits.window_bytes - self._outstanding_bytes,
@@ -413,9 +424,8 @@ class _Loop:
         if [claim.idempotency_key for claim in claims] != [left.idempotency_key]:
             # Some of it is settled, or the mapping is another: what is sent is written down first, here too.
             batch_ids = self._ledger.split(left.batch_id, claims)
-        self._last_batch = max(self._last_batch, *batch_ids)
         for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
-            self._dispatch(_Work(batch_id, batch, left.set_aside))
+            self._dispatch(_Work(batch_id, batch, left.set_aside, left.batch_id))
 
     def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
         """Have the loop's thread write a batch down as *parts*: for the lanes, which wait."""
@@ -566,7 +576,7 @@ class _Loop:
                 seconds = max(self._longer_and_longer(failed_runs), halt.retry_after or 0.0, self._gate.held_for())
                 self._ledger.hold(status="active", reason=halt.reason, failed_runs=failed_runs, retry_in=seconds)
             case "credentials" | "configuration":
-                seconds = self._policy.probe_interval
+                seconds = max(self._policy.probe_interval, self._gate.held_for())
                 self._ledger.hold(status="paused", reason=halt.reason, failed_runs=failed_runs, retry_in=seconds)
             case "gone":
                 self._ledger.hold(status="disabled", reason=halt.reason, failed_runs=failed_runs, retry_in=None)

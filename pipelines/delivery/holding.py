@@ -4,7 +4,7 @@ A key is *held* while a change of it was given up on and may still be accepted: 
 *blocked* once a change of it is dead on a route with `on_dead: block`: later ones become dead letters too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 
@@ -61,10 +61,11 @@ class KeyHolds:
                 if block is not None and block.change_id == change.change_id:
                     block.last_batch = last_batch
 
-    def unwritten(self) -> Mapping[Key, int]:
-        """Return the blocked keys of which the ledger does not know yet, each with its dead change."""
+    @property
+    def blocks_unwritten(self) -> bool:
+        """Whether some key is blocked by a dead change that the ledger does not know of yet."""
         with self._lock:
-            return {key: block.change_id for key, block in self._blocks.items() if block.last_batch is None}
+            return any(block.last_batch is None for block in self._blocks.values())
 
     @property
     def empty(self) -> bool:

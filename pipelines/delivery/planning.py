@@ -224,7 +224,9 @@ def _coalesce(
                 latest[identity] = (change.operation, change)
             else:
                 superseded.append(earlier[1])
-                latest[identity] = (earlier[0], change)
+                # Made anew in between: where nothing updates, that insert is what the target wants.
+                anew = change.operation == "insert" and not route.updates
+                latest[identity] = ("insert" if anew else earlier[0], change)
     return list(latest.values())
 
 

@@ -167,11 +167,11 @@ class Sender:
         self._split = split
         self._holds = KeyHolds() if holds is None else holds
 
-    def send(self, batch_id: int, batch: Batch, *, suspect: bool = False) -> Sent:
+    def send(self, batch_id: int, batch: Batch, *, suspect: bool = False, claimed_as: int | None = None) -> Sent:
         """Deliver *batch*, in order, as far as the target and the run allow.
 
         Of a batch that needs several requests, what is known is reported before the next is sent. A *suspect* was set
-        aside by an earlier run: it is tried once.
+        aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is.
         """
         tally = _Tally(batch_id, supersedes=batch.route.on_dead == "supersede")
         todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments)])
@@ -181,7 +181,7 @@ class Sender:
                 if part.batch_id != tally.batch_id or tally.accepted or tally.dead or tally.filtered:
                     self._report(tally.hand_over(then=part.batch_id))
                 if not self._holds.empty:
-                    waiting, part = self._set_waiting_keys_apart(part, batch, batch_id, tally)
+                    waiting, part = self._set_waiting_keys_apart(part, batch, claimed_as or batch_id, tally)
                     tally.set_aside += waiting
                 if part.changes:
                     todo.extendleft(reversed(self._deliver(part, batch, tally, suspect=suspect)))

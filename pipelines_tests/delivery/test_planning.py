@@ -235,6 +235,19 @@ def test_where_items_are_judged_one_by_one_a_key_is_in_a_batch_once() -> None:
     assert sent(plan) == [("upsert", [1]), ("upsert", [2, 3])]
 
 
+def test_an_insert_between_updates_is_not_passed_over_where_nothing_updates() -> None:
+    """Deleted, which the route does not tell, and made anew: one by one the target would be given that insert."""
+    routes = routes_of(customers={"insert": {"path": "/rows"}})
+    records = [
+        change(1, "a"),
+        change(2, "a", operation="delete"),
+        change(3, "a", operation="insert"),
+        change(4, "a"),
+    ]
+
+    assert sent(planned(records, routes)) == [("insert", [4])]
+
+
 # Lanes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +327,8 @@ def _naive_owed(records: Sequence[ChangeRecord], routes: Mapping[str, Route]) ->
         mine = next(life for life in lives if one in life)
         if one is not mine[-1]:
             continue
-        operation = route.operation_for(mine[0].operation, one.operation)
+        anew = not route.updates and any(other.operation == "insert" for other in mine)
+        operation = route.operation_for("insert" if anew else mine[0].operation, one.operation)
         owed[one.change_id] = operation.kind if operation else None
     return owed
 
