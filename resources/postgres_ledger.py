@@ -140,8 +140,28 @@ class PostgresTargetLedger(TargetLedger):
             target=self._target, log_id=log_id, status=status, reason=reason, failed_runs=failed_runs, retry_at=retry_at
         )
 
-    def leftovers(self) -> Sequence[Leftover]:
-        rows = self._execute("leftovers")
+    def leftovers(self, *, max_records: int, max_bytes: int) -> Iterator[Sequence[Leftover]]:
+        # Parts that are written down on the way have later ids: they are no leftovers.
+        row = self._execute("last_leftover").fetchone()
+        up_to = row and row[0]
+        place = (0, 0, 0)
+        while up_to is not None:
+            origin, first, batch_id = place
+            rows = self._execute(
+                "leftovers",
+                origin=origin,
+                first=first,
+                batch_id=batch_id,
+                up_to=up_to,
+                max_records=max_records,
+                max_bytes=max_bytes,
+            ).fetchall()
+            if not rows:
+                return
+            place = rows[-1][:3]
+            yield self._leftovers_of(rows)
+
+    def _leftovers_of(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[Leftover]:
         return [
             Leftover(
                 batch_id=batch_id,
@@ -150,10 +170,10 @@ class PostgresTargetLedger(TargetLedger):
                 operation=operation,
                 set_aside=set_aside,
                 idempotency_key=idempotency_key,
-                changes=[ChangeRecord._make(row[6:]) for row in members],
+                changes=[ChangeRecord._make(row[8:]) for row in members],
             )
-            for (batch_id, lane, stream, operation, idempotency_key, set_aside), members in groupby(
-                rows, key=lambda row: row[:6]
+            for (_, _, batch_id, lane, stream, operation, idempotency_key, set_aside), members in groupby(
+                rows, key=lambda row: row[:8]
             )
         ]
 

@@ -253,7 +253,17 @@ class _Loop:
 
         Without *suspects*, their keys wait instead.
         """
-        leftovers = self._ledger.leftovers()
+        parts = self._ledger.leftovers(
+            # Half of what may be held: a part is still here while the next is read.
+            max_records=max(1, self._limits.window_records // 2),
+            max_bytes=max(1, self._limits.window_bytes // 2),
+        )
+        for leftovers in parts:
+            self._send_part_of_leftovers(leftovers, suspects=suspects)
+            if self._gate.halt is not None:
+                return
+
+    def _send_part_of_leftovers(self, leftovers: Sequence[Leftover], *, suspects: bool) -> None:
         blocks = self._blocked(change for left in leftovers for change in left.changes)
         plans = [(left, plan_leftover(left, routes=self._routes, blocks=blocks)) for left in leftovers]
         self._gate.judge_rendering(
@@ -532,6 +542,10 @@ class _Loop:
         halt = self._gate.halt
         if halt is not None and halt.cause != "stopped":
             self._hold(halt)
+        elif halt is not None and self._gate.held_for():
+            # Stopped while the target wanted to be left alone: the next run is to do so.
+            reason = f"the target asked to be left alone; {halt.reason}"
+            self._hold(Halt(cause="deferred", reason=reason))
         elif self._aside.records and not (self._gate.in_doubt or self._unwell):
             self._hold_aside()
             halt = halt or Halt(cause="deferred", reason=self._aside.describe())
@@ -560,7 +574,7 @@ class _Loop:
 
     def _hold_aside(self) -> None:
         """Write down that batches wait while the target is well; the more often they were set aside, the longer."""
-        seconds = self._longer_and_longer(self._aside.times)
+        seconds = max(self._longer_and_longer(self._aside.times), self._gate.held_for())
         self._ledger.hold(status="active", reason=self._aside.describe(), failed_runs=0, retry_in=seconds)
 
     def _longer_and_longer(self, times: int) -> float:

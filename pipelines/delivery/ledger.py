@@ -9,7 +9,7 @@ Whoever holds a `TargetLedger` holds the target's lock; nobody else can write fo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -160,8 +160,12 @@ class TargetLedger(ABC):
         """Return the target's status and breaker as the last run left them."""
 
     @abstractmethod
-    def leftovers(self) -> Sequence[Leftover]:
-        """Return what was claimed and never settled, oldest first: to be sent again as written, before anything new."""
+    def leftovers(self, *, max_records: int, max_bytes: int) -> Iterator[Sequence[Leftover]]:
+        """Yield what is claimed when the first is asked for, oldest first, a part of it at a time.
+
+        It is to be sent again as written, before anything new. Each part is read when it is asked for: at most
+        *max_records*, and payloads of *max_bytes* as stored; but one batch at least.
+        """
 
     @abstractmethod
     def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:

@@ -176,12 +176,12 @@ _Rendered = tuple[RouteOperation, ChangeRecord, bytes]
 
 
 def _pieces_of(rendered: Sequence[_Rendered], written: RouteOperation | None) -> list[list[_Rendered]]:
-    """Cut a claim into requests: one, unless its operation is another now or cannot take a key twice.
+    """Cut a claim into requests: one, unless its operation is another now, or takes one record, or no key twice.
 
-    The latter is so if the route has been given `results` since. They are no part of the fingerprint, but the pieces
+    The last is so if the route has been given `results` since. They are no part of the fingerprint, but the pieces
     have other members, and so keys of their own.
     """
-    if written is None:
+    if written is None or not written.batched:
         return [[one] for one in rendered]
     if written.results is None:
         return [list(rendered)]

@@ -162,6 +162,8 @@ class RouteOperation:
     """How one kind of change of one stream is sent."""
 
     kind: OperationKind
+    batched: bool
+    """A request may hold many records."""
     max_records: int
     max_bytes: int
     """Of a body before compression; close a batch before it would be passed."""
@@ -283,6 +285,7 @@ def _compile_operation(
     path_names_record = bool(path.columns or path.own_fields - {"_stream"})
     return RouteOperation(
         kind=kind,
+        batched=operation.batch is not None,
         max_records=1 if operation.batch is None else operation.batch.max_records,
         max_bytes=sys.maxsize if operation.batch is None else operation.batch.max_bytes,
         overhead_bytes=len(around.prefix) + len(around.suffix),

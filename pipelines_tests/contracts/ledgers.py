@@ -12,7 +12,7 @@ from uuid import uuid4
 import psycopg
 
 from pipelines.changes.record import ChangeRecord, Operation
-from pipelines.delivery.ledger import Claim, Ledger, PendingWindow, TargetLedger, Window
+from pipelines.delivery.ledger import Claim, Ledger, Leftover, PendingWindow, TargetLedger, Window
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger, FakeLockLost
 from resources.postgres_ledger import PostgresLedger
@@ -275,6 +275,11 @@ class PostgresSubject(Subject):
 def read(ledger: TargetLedger, *, max_records: int = 1000, max_bytes: int = 1_000_000) -> PendingWindow:
     """Return the next window."""
     return ledger.pending(max_records=max_records, max_bytes=max_bytes)
+
+
+def left_over(ledger: TargetLedger, *, max_records: int = 1000) -> list[Leftover]:
+    """Return all that is left over, in its order."""
+    return [left for part in ledger.leftovers(max_records=max_records, max_bytes=1_000_000) for left in part]
 
 
 def ids(records: Sequence[ChangeRecord]) -> list[int]:

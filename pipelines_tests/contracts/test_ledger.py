@@ -30,6 +30,7 @@ from pipelines_tests.contracts.ledgers import (
     claim_of,
     comes_true,
     ids,
+    left_over,
     read,
 )
 from pipelines_tests.fakes.ledger import LOG_ID
@@ -572,10 +573,10 @@ def test_leftovers_are_what_was_claimed_as_it_was_claimed(subject: Subject) -> N
             Window(claims=[claim_of(three, one, lane=2), claim_of(two, lane=1), claim_of(five, four, lane=2)])
         )
     with subject.open("email") as other:
-        assert other.leftovers() == []
+        assert left_over(other) == []
 
     with subject.open("crm") as crm:
-        leftovers = crm.leftovers()
+        leftovers = left_over(crm)
 
         assert [leftover.batch_id for leftover in leftovers] == list(batch_ids)
         assert [list(leftover.changes) for leftover in leftovers] == [[three, one], [two], [five, four]]
@@ -591,12 +592,12 @@ def test_of_a_partly_settled_batch_the_rest_is_left_over(subject: Subject, crm: 
     first, second = crm.claim(Window(claims=[claim_of(four, three, one), claim_of(two)]))
     crm.settle([Settlement(batch_id=first, accepted=[three]), Settlement(batch_id=second, accepted=[two])])
 
-    (leftover,) = crm.leftovers()
+    (leftover,) = left_over(crm)
 
     assert leftover.batch_id == first
     assert list(leftover.changes) == [four, one]
     crm.settle([Settlement(batch_id=first, accepted=[one], dead=[DeadRecord(change=four, reason="422")])])
-    assert crm.leftovers() == []
+    assert left_over(crm) == []
     assert counts(subject) == {"captured": 4, "accepted": 3, "dead": 1}
 
 
@@ -609,7 +610,57 @@ def test_a_batch_is_left_over_as_long_as_a_member_is_claimed(subject: Subject, c
 
     crm.settle([Settlement(batch_id=batch_id, accepted=[one])])
 
-    assert [list(leftover.changes) for leftover in crm.leftovers()] == [[two]]
+    assert [list(leftover.changes) for leftover in left_over(crm)] == [[two]]
+
+
+def parts_of(ledger: TargetLedger, *, max_records: int = 1000, max_bytes: int = 1_000_000) -> list[list[list[int]]]:
+    """Return the leftovers' members by part and batch."""
+    parts = ledger.leftovers(max_records=max_records, max_bytes=max_bytes)
+    return [[ids(left.changes) for left in part] for part in parts]
+
+
+def test_leftovers_are_read_a_part_at_a_time(subject: Subject, crm: TargetLedger) -> None:
+    """As many whole batches as there is room for, but one at least."""
+    for n in range(8):
+        subject.append(key=str(n))
+    one, two, three, four, five, six, seven, eight = read(crm).records
+    crm.claim(
+        Window(
+            claims=[claim_of(one, two), claim_of(three), claim_of(four, five, six), claim_of(seven), claim_of(eight)]
+        )
+    )
+
+    assert parts_of(crm, max_records=8) == [[[1, 2], [3], [4, 5, 6], [7], [8]]]
+    assert parts_of(crm, max_records=4) == [[[1, 2], [3]], [[4, 5, 6], [7]], [[8]]]
+    assert parts_of(crm, max_records=2) == [[[1, 2]], [[3]], [[4, 5, 6]], [[7], [8]]]
+    assert parts_of(crm, max_records=1) == [[[1, 2]], [[3]], [[4, 5, 6]], [[7]], [[8]]]
+
+
+def test_large_leftovers_come_fewer_at_a_time(subject: Subject, crm: TargetLedger) -> None:
+    text = "".join(map(chr, Random(1).choices(range(97, 123), k=1500)))
+    for n in range(4):
+        subject.append(key=str(n), payload=b'{"text": "%s"}' % text.encode())
+    crm.claim(Window(claims=[claim_of(one) for one in read(crm).records]))
+
+    assert parts_of(crm, max_bytes=1) == [[[1]], [[2]], [[3]], [[4]]]
+    assert parts_of(crm, max_bytes=4000) == [[[1], [2]], [[3], [4]]]
+    assert parts_of(crm, max_bytes=100_000) == [[[1], [2], [3], [4]]]
+
+
+def test_what_is_written_down_of_a_part_does_not_come_again_with_the_next(subject: Subject, crm: TargetLedger) -> None:
+    for n in range(6):
+        subject.append(key=str(n))
+    one, two, three, four, five, six = read(crm).records
+    first, second, third = crm.claim(Window(claims=[claim_of(one, two), claim_of(three, four), claim_of(five, six)]))
+    parts = crm.leftovers(max_records=2, max_bytes=1_000_000)
+
+    assert [left.batch_id for left in next(parts)] == [first]
+    crm.split(first, [claim_of(one), claim_of(two)])
+    assert [left.batch_id for left in next(parts)] == [second]
+    crm.settle([Settlement(batch_id=second, accepted=[three, four])])
+    assert [left.batch_id for left in next(parts)] == [third]
+    assert list(parts) == []
+    assert parts_of(crm) == [[[1], [2], [5, 6]]]
 
 
 # --- splitting --------------------------------------------------------------------------------------------------------
@@ -635,12 +686,12 @@ def test_the_parts_of_a_batch_are_left_over_in_its_place(subject: Subject, crm: 
     (later,) = crm.claim(Window(claims=[claim_of(*read(crm).records)]))
     third, fourth = crm.split(first, [claim_of(*members[:2]), claim_of(*members[2:4])])
 
-    assert [(left.batch_id, ids(left.changes)) for left in crm.leftovers()][:3] == [
+    assert [(left.batch_id, ids(left.changes)) for left in left_over(crm)][:3] == [
         (third, ids(members[:2])),
         (fourth, ids(members[2:4])),
         (second, ids(members[4:])),
     ]
-    assert [left.batch_id for left in crm.leftovers()][3:] == [later]
+    assert [left.batch_id for left in left_over(crm)][3:] == [later]
     assert counts(subject) == {"captured": 7, "claimed": 7}
 
 
@@ -650,7 +701,7 @@ def test_a_part_is_settled_like_any_batch(subject: Subject, crm: TargetLedger) -
     crm.settle([Settlement(batch_id=first, accepted=members[:1], attempts=1, status=200)])
     crm.settle([Settlement(batch_id=second, dead=[refused_as(one) for one in members[1:]], attempts=2, status=400)])
 
-    assert crm.leftovers() == []
+    assert left_over(crm) == []
     assert [(row.batch_id, row.state, row.attempts) for row in subject.batches()] == [
         (whole, "split", 0),
         (first, "settled", 1),
@@ -668,7 +719,7 @@ def test_only_what_is_still_claimed_of_a_batch_is_split(subject: Subject, crm: T
 
     first, second = crm.split(whole, [claim_of(one), claim_of(three)])
 
-    assert [(left.batch_id, ids(left.changes)) for left in crm.leftovers()] == [
+    assert [(left.batch_id, ids(left.changes)) for left in left_over(crm)] == [
         (first, ids([one])),
         (second, ids([three])),
     ]
@@ -1002,9 +1053,9 @@ def test_what_was_set_aside_waits_and_what_is_pending_does_not(subject: Subject)
         ((batch_id, _),) = claim_each(crm, read(crm)).items()
         crm.settle([Settlement(batch_id=batch_id, set_aside=True, attempts=3)])
         crm.hold(status="active", reason="why", failed_runs=0, retry_in=3600)
-        assert [left.set_aside for left in crm.leftovers()] == [1]
+        assert [left.set_aside for left in left_over(crm)] == [1]
         crm.settle([Settlement(batch_id=batch_id, set_aside=False, attempts=1)])
-        assert [left.set_aside for left in crm.leftovers()] == [1]
+        assert [left.set_aside for left in left_over(crm)] == [1]
     assert owed(subject, "customers") == (True, False, True)
 
     subject.append(key="b")
@@ -1105,7 +1156,7 @@ class _Both:
         assert self.real.settled_ranges("crm") == self.fake.settled_ranges("crm")
         assert self.real.claimed_ids("crm") == self.fake.claimed_ids("crm")
         assert self.real.batches() == self.fake.batches()
-        left = [[(leftover.batch_id, ids(leftover.changes)) for leftover in ledger.leftovers()] for ledger in crm]
+        left = [[(leftover.batch_id, ids(leftover.changes)) for leftover in left_over(ledger)] for ledger in crm]
         assert left[0] == left[1]
         streams = {"crm": self.random.choice([["customers"], ["orders"], ["customers", "orders"]])}
         assert self.real.ledger.owed(streams) == self.fake.ledger.owed(streams)

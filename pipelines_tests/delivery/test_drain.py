@@ -4,7 +4,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain
-from pipelines.delivery.ledger import Settlement
+from pipelines.delivery.ledger import Leftover, Settlement
 from pipelines.delivery.report import DrainReport, Recorder
 from pipelines.delivery.routing import Route
 from pipelines.delivery.sending import RetryPolicy
@@ -594,6 +594,10 @@ def test_a_stop_wakes_a_lane_that_waits_for_its_target() -> None:
     assert report.end == "stopped"
     assert time.monotonic() - started < 60
     assert_conserved(ledger, claimed=5)
+    state = ledger.states["api"]
+    assert state.retry_at is not None
+    assert state.retry_at - clock.now() > timedelta(seconds=400), "the next run keeps to what is left of it"
+    assert state.failed_runs == 1, "so that what is pending does not bring it back at once"
 
 
 def test_a_drain_that_has_caught_up_lingers_for_more() -> None:
@@ -701,6 +705,39 @@ def test_leftovers_of_an_operation_that_is_gone_are_delivered_by_the_one_in_its_
     ]
     assert [batch.state for batch in ledger.batches] == ["split", "settled", "settled"]
     assert_conserved(ledger, accepted=2, filtered=0, claimed=0)
+
+
+def test_leftovers_of_a_batch_go_one_by_one_where_a_request_now_takes_one_record() -> None:
+    ledger = a_ledger(3)
+    run(ledger, ScriptedTarget(then=503))
+    target = ScriptedTarget()
+
+    run(ledger, target, routes=SINGLY)
+
+    assert [members(request) for request in target.sent] == [[1], [2], [3]]
+    assert [batch.state for batch in ledger.batches] == ["split", "settled", "settled", "settled"]
+    assert_conserved(ledger, accepted=3, claimed=0)
+
+
+def test_leftovers_are_never_all_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More may have been set aside than a window holds."""
+    ledger = a_ledger(30)
+    run(ledger, ScriptedTarget(then=503), limits=DrainLimits(window_records=30))
+    parts: list[int] = []
+    target = ScriptedTarget()
+    read = FakeTargetLedger.leftovers
+
+    def watched(self: FakeTargetLedger, **bounds: int) -> Iterator[Sequence[Leftover]]:
+        for part in read(self, **bounds):
+            assert len(all_members(target)) == sum(parts), "the part before is delivered first"
+            parts.append(sum(len(left.changes) for left in part))
+            yield part
+
+    monkeypatch.setattr(FakeTargetLedger, "leftovers", watched)
+    run(ledger, target, limits=DrainLimits(window_records=12))
+
+    assert parts == [6, 6, 6, 6, 6]
+    assert_conserved(ledger, accepted=30, claimed=0)
 
 
 def test_fewer_lanes_than_before_take_over_the_leftovers_of_all() -> None:

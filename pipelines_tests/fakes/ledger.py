@@ -381,25 +381,33 @@ class FakeTargetLedger(TargetLedger):
     def state(self) -> TargetState:
         return _state_of(self._row)
 
-    def leftovers(self) -> Sequence[Leftover]:
-        row = self._row
+    def leftovers(self, *, max_records: int, max_bytes: int) -> Iterator[Sequence[Leftover]]:
         logged = {entry.record.change_id: entry.record for entry in self._ledger._log}
-        leftovers = []
-        for batch in sorted(self._ledger._batches, key=lambda one: (one.part_of or one.batch_id, one.change_ids[0])):
-            members = [logged[change_id] for change_id in batch.change_ids if change_id in row.claimed]
-            if batch.target == row.name and batch.state == "claimed" and members:
-                leftovers.append(
-                    Leftover(
-                        batch_id=batch.batch_id,
-                        lane=batch.lane,
-                        stream=batch.stream,
-                        operation=batch.operation,
-                        idempotency_key=batch.idempotency_key,
-                        set_aside=batch.set_aside,
-                        changes=members,
-                    )
+        mine = [one for one in self._ledger._batches if one.target == self._row.name and one.state == "claimed"]
+        part: list[Leftover] = []
+        room, bytes_left = max_records, max_bytes
+        for batch in sorted(mine, key=lambda one: (one.part_of or one.batch_id, one.change_ids[0], one.batch_id)):
+            members = [logged[change_id] for change_id in batch.change_ids if change_id in self._row.claimed]
+            if not members:
+                continue
+            weight = sum(len(change.payload) for change in members)
+            if part and (len(members) > room or weight > bytes_left):
+                yield part
+                part, room, bytes_left = [], max_records, max_bytes
+            room, bytes_left = room - len(members), bytes_left - weight
+            part.append(
+                Leftover(
+                    batch_id=batch.batch_id,
+                    lane=batch.lane,
+                    stream=batch.stream,
+                    operation=batch.operation,
+                    idempotency_key=batch.idempotency_key,
+                    set_aside=batch.set_aside,
+                    changes=members,
                 )
-        return leftovers
+            )
+        if part:
+            yield part
 
     def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
         name = self._row.name

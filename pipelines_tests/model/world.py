@@ -60,15 +60,6 @@ Results = Literal["none", "items", "errors"]
 OnDead = Literal["continue", "block", "supersede"]
 
 
-NOT_MENDED = frozenset(
-    {
-        "leftovers have no bound",
-        "claimed batches go out whole by a route of single records",
-    }
-)
-"""Defects of the core that the model has found and that are not looked for until they are mended."""
-
-
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
@@ -633,20 +624,25 @@ class WatchedLedger(TargetLedger):
     def state(self) -> TargetState:
         return self._inner.state()
 
-    def leftovers(self) -> Sequence[Leftover]:
+    def leftovers(self, *, max_records: int, max_bytes: int) -> Iterator[Sequence[Leftover]]:
         self._run.reach("leftovers")
-        found = self._inner.leftovers()
-        ids = [change.change_id for leftover in found for change in leftover.changes]
-        assert sorted(ids) == sorted(self._book.claimed), f"claimed are {self._book.claimed}, left over {ids}"
         state = self._inner.state()
         unwell = (state.failed_runs > 0 or state.status != "active") and not self._run.requests
-        # A target that was left unwell is first tried with what was not set aside.
-        later = [left for left in found if left.set_aside and unwell]
-        self._run.rows_aside = {(change.stream, change.key) for left in later for change in left.changes}
-        self._run.batches = {left.batch_id: [change.change_id for change in left.changes] for left in found}
-        if "leftovers have no bound" not in NOT_MENDED:
+        self._run.batches, self._run.rows_aside = {}, set()
+        found: list[int] = []
+        claimed = sorted(self._book.claimed)
+        for part in self._inner.leftovers(max_records=max_records, max_bytes=max_bytes):
+            ids = [change.change_id for left in part for change in left.changes]
+            assert len(ids) <= max_records or len(part) == 1
+            found += ids
+            # A target that was left unwell is first tried with what was not set aside.
+            later = [left for left in part if left.set_aside and unwell]
+            self._run.rows_aside |= {(change.stream, change.key) for left in later for change in left.changes}
+            self._run.batches |= {left.batch_id: [change.change_id for change in left.changes] for left in part}
             self._check_memory()
-        return found
+            yield part
+            self._run.reach("leftovers")
+        assert sorted(found) == claimed, f"claimed are {claimed}, left over {found}"
 
     def blocked(self, keys: Collection[Row]) -> Mapping[Row, int]:
         return self._inner.blocked(keys)
@@ -902,11 +898,6 @@ class World:
     def configure(self, name: str, field: str, value: Any) -> None:
         """Change one thing of how a target is configured."""
         place = self.places[name]
-        still_whole = "claimed batches go out whole by a route of single records" in NOT_MENDED
-        if place.book.claimed and isinstance(value, RouteSpec) and still_whole:
-            before = getattr(place.setup, field) or value
-            if any(before.batched(kind) and not value.batched(kind) for kind in value.verbs.split()):
-                value = replace(value, batch=before.batch, results=before.results)
         before = getattr(place.setup, field)
         if field in place.mappings and (before and before.mapping) != (value and value.mapping):
             place.mappings[field] += 1

@@ -13,7 +13,16 @@ import pytest
 
 from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, LedgerFailed, Settlement, TargetLedger, Window
 from pipelines.delivery.outcome import DeadRecord
-from pipelines_tests.contracts.ledgers import PostgresSubject, Writer, claim_each, claim_of, comes_true, ids, read
+from pipelines_tests.contracts.ledgers import (
+    PostgresSubject,
+    Writer,
+    claim_each,
+    claim_of,
+    comes_true,
+    ids,
+    left_over,
+    read,
+)
 from resources.postgres_ledger import PostgresTargetLedger
 from resources.sql import statements
 
@@ -54,7 +63,7 @@ def test_a_killed_connection_frees_the_lock_and_its_holder_cannot_write(subject:
                 crm.settle([Settlement(batch_id=batch_id, accepted=[claimed])])
             with pytest.raises(psycopg.OperationalError):
                 crm.claim(Window(claims=[claim_of(pending)]))
-            assert [ids(leftover.changes) for leftover in successor.leftovers()] == [[claimed.change_id]]
+            assert [ids(leftover.changes) for leftover in left_over(successor)] == [[claimed.change_id]]
             successor.settle([Settlement(batch_id=batch_id, accepted=[claimed])])
     found = subject.ledger.conservation("crm")
     assert (found.accepted, found.claimed, found.pending, found.holds) == (1, 0, 1, True)

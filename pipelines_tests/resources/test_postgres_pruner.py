@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from pipelines.delivery.ledger import Settlement, TargetLedger, Window
-from pipelines_tests.contracts.ledgers import claim_each, claim_of, read
+from pipelines_tests.contracts.ledgers import claim_each, claim_of, left_over, read
 from resources.postgres_ledger import PostgresLedger
 from resources.postgres_pruner import PostgresPruner
 
@@ -173,7 +173,7 @@ def test_a_target_that_no_longer_holds_the_log_misses_what_goes_and_it_is_counte
     append(connection, 1, at=datetime.now(UTC))
     with ledger.open_target("email", run_id="run") as email:
         assert email is not None
-        assert email.leftovers() == []
+        assert left_over(email) == []
         settle(email, 10)
     assert ledger.conservation("email").accepted == 1
     assert_it_adds_up(ledger, email=5)

@@ -55,16 +55,46 @@ select i.log_id, s.status, s.reason, s.failed_runs, s.retry_at
 from distributary.target_state s, distributary.log_identity i
 where s.target = %(target)s
 
+-- name: last_leftover
+select max(batch_id) from distributary.batch where target = %(target)s and state = 'claimed'
+
 -- name: leftovers
-select b.batch_id, b.lane, b.stream, b.operation, b.idempotency_key, b.set_aside,
-       c.change_id, c.stream, c.key, c.operation, convert_to(c.payload::text, 'UTF8'), c.changed_at, c.replays
-from distributary.batch b
-join distributary.target_state s on s.target = b.target
-cross join lateral unnest(b.change_ids) with ordinality as member (change_id, position)
-join distributary.change_log c on c.change_id = member.change_id
-where b.target = %(target)s and b.state = 'claimed' and s.claimed @> c.change_id
 -- The parts of a batch come where it came, in the order of its members, which is that of their ids.
-order by coalesce(b.part_of, b.batch_id), b.change_ids[1], b.batch_id, member.position
+with found as materialized (
+    select coalesce(b.part_of, b.batch_id) as origin, b.change_ids[1] as first, b.batch_id, b.lane, b.stream,
+           b.operation, b.idempotency_key, b.set_aside, m.change_ids
+    from distributary.batch b
+    join distributary.target_state s on s.target = b.target
+    cross join lateral (
+        select array_agg(id order by position) as change_ids
+        from unnest(b.change_ids) with ordinality as member (id, position)
+        where s.claimed @> id
+    ) m
+    where b.target = %(target)s and b.state = 'claimed' and b.batch_id <= %(up_to)s and m.change_ids is not null
+      and (coalesce(b.part_of, b.batch_id), b.change_ids[1], b.batch_id)
+          > (%(origin)s::bigint, %(first)s::bigint, %(batch_id)s::bigint)
+    order by origin, first, batch_id
+    limit %(max_records)s
+),
+few as (
+    select f.*, sum(cardinality(change_ids)) over (order by origin, first, batch_id) as records from found f
+)
+select r.origin, r.first, r.batch_id, r.lane, r.stream, r.batch_operation, r.idempotency_key, r.set_aside,
+       r.change_id, r.record_stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays
+from (
+    -- Sums over batches, not records: the records of one are peers.
+    select f.origin, f.first, f.batch_id, f.lane, f.stream, f.operation as batch_operation, f.idempotency_key,
+           f.set_aside, member.position,
+           c.change_id, c.stream as record_stream, c.key, c.operation, c.payload, c.changed_at, c.replays,
+           sum(pg_column_size(c.payload)) over (order by f.origin, f.first, f.batch_id) as bytes,
+           dense_rank() over (order by f.origin, f.first, f.batch_id) as place
+    from few f
+    cross join lateral unnest(f.change_ids) with ordinality as member (change_id, position)
+    join distributary.change_log c on c.change_id = member.change_id
+    where f.records <= %(max_records)s or f.records = cardinality(f.change_ids)
+) r
+where r.bytes <= %(max_bytes)s or r.place = 1
+order by r.origin, r.first, r.batch_id, r.position
 
 -- name: blocked
 select d.stream, d.key, min(d.change_id)
