@@ -224,8 +224,8 @@ def _coalesce(
                 latest[identity] = (change.operation, change)
             else:
                 superseded.append(earlier[1])
-                # Made anew in between: where nothing updates, that insert is what the target wants.
-                anew = change.operation == "insert" and not route.updates
+                # Made anew, or addressed to it, in between: where nothing updates, that is what the target wants.
+                anew = change.operation in ("insert", "snapshot") and not route.updates
                 latest[identity] = ("insert" if anew else earlier[0], change)
     return list(latest.values())
 

@@ -235,13 +235,14 @@ def test_where_items_are_judged_one_by_one_a_key_is_in_a_batch_once() -> None:
     assert sent(plan) == [("upsert", [1]), ("upsert", [2, 3])]
 
 
-def test_an_insert_between_updates_is_not_passed_over_where_nothing_updates() -> None:
+@pytest.mark.parametrize("operation", ["insert", "snapshot"])
+def test_an_insert_between_updates_is_not_passed_over_where_nothing_updates(operation: Operation) -> None:
     """Deleted, which the route does not tell, and made anew: one by one the target would be given that insert."""
     routes = routes_of(customers={"insert": {"path": "/rows"}})
     records = [
         change(1, "a"),
         change(2, "a", operation="delete"),
-        change(3, "a", operation="insert"),
+        change(3, "a", operation=operation),
         change(4, "a"),
     ]
 
@@ -327,7 +328,7 @@ def _naive_owed(records: Sequence[ChangeRecord], routes: Mapping[str, Route]) ->
         mine = next(life for life in lives if one in life)
         if one is not mine[-1]:
             continue
-        anew = not route.updates and any(other.operation == "insert" for other in mine)
+        anew = not route.updates and any(other.operation in ("insert", "snapshot") for other in mine)
         operation = route.operation_for("insert" if anew else mine[0].operation, one.operation)
         owed[one.change_id] = operation.kind if operation else None
     return owed
