@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
-.PHONY: demo dev test check soak bench-isolation bench-backlog env clean
+.PHONY: demo dev test check soak bench-isolation bench-backlog bench-growth env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -28,6 +28,9 @@ bench-isolation: $(READY)  ## do sick targets slow healthy ones down?
 
 bench-backlog: $(READY)  ## does a drain's memory grow with a backlog of a million changes?
 	$(BIN)/python -m benchmarks.backlog
+
+bench-growth: $(READY)  ## what do ten million settled changes cost, and what does a trigger?
+	$(BIN)/python -m benchmarks.growth
 
 env: $(READY)  ## the environment alone
 
