@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
-.PHONY: demo dev test check soak bench-isolation bench-backlog bench-growth env clean
+.PHONY: demo dev test check soak bench-throughput bench-isolation bench-backlog bench-growth env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -22,6 +22,9 @@ check: $(READY)  ## lint, format and types
 
 soak: $(READY)  ## writers, Dagster and failing targets for SOAK_SECONDS, killing on the way: what is lost?
 	$(BIN)/python -m soak --seconds $(SOAK_SECONDS)
+
+bench-throughput: $(READY)  ## how many records a second, at what cost?
+	$(BIN)/python -m benchmarks.throughput --job
 
 bench-isolation: $(READY)  ## do sick targets slow healthy ones down?
 	$(BIN)/python -m benchmarks.isolation
