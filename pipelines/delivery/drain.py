@@ -134,6 +134,15 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True)
+class _Told:
+    """What a lane knows: of a batch that is done, or of a part of one that is still out."""
+
+    settlement: Settlement
+    done: tuple[_Work, Sent] | None = None
+    written: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
 class _Split:
     """A lane's request to write a batch down as several; it waits for the answer."""
 
@@ -146,12 +155,15 @@ class _Lane(threading.Thread):
     """Sends one lane's batches one after another."""
 
     def __init__(
-        self, number: int, sender: Callable[[], tuple[Sender, TargetClient]], results: SimpleQueue[object]
+        self,
+        number: int,
+        sender: Callable[[], tuple[Sender, TargetClient]],
+        tell: Callable[[_Told], None],
+        broke: Callable[[BaseException], None],
     ) -> None:
         super().__init__(name=f"lane-{number}", daemon=True)
         self.work: SimpleQueue[_Work | None] = SimpleQueue()
-        self._make = sender
-        self._results = results
+        self._make, self._tell, self._broke = sender, tell, broke
 
     def run(self) -> None:
         try:
@@ -164,11 +176,11 @@ class _Lane(threading.Thread):
                         suspect=work.set_aside > 0,
                         claimed_as=work.claimed_as or work.batch_id,
                     )
-                    self._results.put((work, sent))
+                    self._tell(_Told(sent.settlement, done=(work, sent)))
             finally:
                 client.close()
         except BaseException as error:  # handed to the loop, which raises it
-            self._results.put(error)
+            self._broke(error)
 
 
 class _Loop:
@@ -416,7 +428,10 @@ class _Loop:
 
     def _dispatch(self, work: _Work) -> None:
         if not self._lanes:
-            self._lanes = [_Lane(number, self._sender, self._results) for number in range(self._policy.max_in_flight)]
+            self._lanes = [
+                _Lane(number, self._sender, self._tell, self._results.put)
+                for number in range(self._policy.max_in_flight)
+            ]
             for lane in self._lanes:
                 lane.start()
         self._outstanding += 1
@@ -446,6 +461,17 @@ class _Loop:
                 return request.answer.get(timeout=_LONGEST_DEAF)
         raise DrainEnded
 
+    def _tell(self, told: _Told) -> None:
+        """Have the loop's thread write down what a lane knows; the lane waits if something was refused.
+
+        Were the next change of that key sent before, and the refusal lost with the drain, then the refused change would
+        be sent again after a newer one. What was accepted is a repeat then, and the target can tell.
+        """
+        self._results.put(told)
+        while told.settlement.dead and not told.written.wait(_LONGEST_DEAF):
+            if self._failed.is_set():
+                raise DrainEnded
+
     def _settle_some(self) -> None:
         """Wait a moment for a result, then write down all there are in one commit.
 
@@ -459,20 +485,24 @@ class _Loop:
         if not self._arrived:
             self._keep_lock()
         broken: BaseException | None = None
+        told: list[_Told] = []
         while self._arrived:
             result = self._arrived.popleft()
             if isinstance(result, BaseException):
                 broken = result  # after what the other lanes brought is written down
-            elif isinstance(result, Settlement):
-                self._unwritten.append(result)  # of a part of a batch that is still out
             elif isinstance(result, _Split):
                 self._write_unwritten()  # first, what is known of the whole
                 result.answer.put(self._ledger.split(result.batch_id, result.parts))
             else:
-                assert isinstance(result, tuple)
-                work, sent = result
-                self._unwritten.append(self._take_in(work, sent))
-        if self._write_unwritten() and self._unwell and self._gate.healthy and self._gate.halt is None:
+                assert isinstance(result, _Told)
+                if result.done is not None:
+                    self._take_in(*result.done)
+                self._unwritten.append(result.settlement)
+                told.append(result)
+        wrote = self._write_unwritten()
+        for one in told:
+            one.written.set()
+        if wrote and self._unwell and self._gate.healthy and self._gate.halt is None:
             self._ledger.resume()
             self._unwell, self._earlier_failed_runs = False, 0
         if broken is not None:
@@ -486,7 +516,7 @@ class _Loop:
         self._unwritten = []
         return True
 
-    def _take_in(self, work: _Work, sent: Sent) -> Settlement:
+    def _take_in(self, work: _Work, sent: Sent) -> None:
         batch = work.batch
         self._outstanding -= 1
         self._outstanding_records -= len(batch.changes)
@@ -499,7 +529,6 @@ class _Loop:
             self._learned[(batch.route.stream, batch.operation.kind)] = max(1, sent.too_large // 2)
         if sent.set_aside:
             self._aside.add(sent, times=work.set_aside + 1, now=self._clock.monotonic())
-        return sent.settlement
 
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
         self._ledger.settle(settlements)
@@ -526,7 +555,7 @@ class _Loop:
             rules=self._policy.rules,
             retry=self._policy.retry,
             clock=self._clock,
-            report=self._results.put,
+            report=lambda settlement: self._tell(_Told(settlement)),
             split=self._split,
             holds=self._holds,
         )

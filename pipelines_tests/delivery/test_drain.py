@@ -707,6 +707,25 @@ def test_leftovers_of_an_operation_that_is_gone_are_delivered_by_the_one_in_its_
     assert_conserved(ledger, accepted=2, filtered=0, claimed=0)
 
 
+@pytest.mark.parametrize("batch", [{}, {"batch": {"max_records": 2}}])
+def test_a_refusal_is_written_down_before_a_later_change_of_its_key_goes_out(batch: dict[str, Any]) -> None:
+    """Lost with the drain, it would be tried again after the later one, and might be accepted then."""
+    ledger = a_ledger([change(1, "a"), change(2, "a"), change(3, "a")])
+    routes = routes_of(customers={"mode": "event", "upsert": {"path": "/rows", **batch}})
+    dead_before: list[list[int]] = []
+
+    def script(request: SentRequest) -> Step:
+        dead_before.append(dead_ids(ledger))
+        return 400 if 1 in members(request) else 200
+
+    run(ledger, ScriptedTarget(script), routes=routes, dead_letter_guard=1.0)
+
+    alone = [[], [1], [1]]
+    halved = [[], [], [1], [1]]
+    assert dead_before == (halved if batch else alone)
+    assert_conserved(ledger, accepted=2, dead=1)
+
+
 def test_leftovers_of_a_batch_go_one_by_one_where_a_request_now_takes_one_record() -> None:
     ledger = a_ledger(3)
     run(ledger, ScriptedTarget(then=503))
