@@ -9,7 +9,7 @@ from pipelines.changes.config import SourceConfig
 from pipelines.operating.dead_letters import CannotRedrive, DeadLetters, Group, Redrive, Redriven, Selection
 from resources.captured_table import CaptureRefused, find_tables
 from resources.database import connect
-from resources.source_rows import SourceRows, TableBusy
+from resources.source_rows import SourceBusy, SourceRows
 from resources.sql import statements
 
 _KEYS_AT_ONCE = 500
@@ -103,13 +103,27 @@ class PostgresDeadLetters(DeadLetters):
                     absent = rows.append_absent(target=target, keys=keys)
                     closed = self._close(connection, parameters, sorted(absent))
                 yield Redriven(closed=len(closed), appended=len(absent))
-        except TableBusy as busy:
+        except SourceBusy as busy:
             raise CannotRedrive(f"{busy}; launch the redrive again, it goes on where it stopped.") from None
         with connection.transaction():
-            # Of a key that is deleted in between nothing is appended: its delete is in the log, for all targets.
             present = rows.append_present(target=target, keys=[key for key in keys if key not in absent])
-            closed = self._close(connection, parameters, [key for key in keys if key not in absent])
+            closed = self._close(connection, parameters, sorted(present))
         yield Redriven(closed=len(closed), appended=len(present))
+        for key in keys:
+            if key not in absent and key not in present:
+                yield self._redrive_state(connection, parameters, key, rows)
+
+    def _redrive_state(
+        self, connection: psycopg.Connection, parameters: Mapping[str, Any], key: str, rows: SourceRows
+    ) -> Redriven:
+        """Redrive one key, whose row others were changing; or it was deleted, and that is in the log, for all."""
+        try:
+            with connection.transaction():
+                appended = rows.append_one(target=parameters["target"], key=key)
+                closed = self._close(connection, parameters, [key])
+        except SourceBusy as busy:
+            raise CannotRedrive(f"{busy}; launch the redrive again, it goes on where it stopped.") from None
+        return Redriven(closed=len(closed), appended=int(appended))
 
     def _close(self, connection: psycopg.Connection, parameters: Mapping[str, Any], keys: Sequence[str]) -> list[int]:
         rows = connection.execute(self._sql["close_keys"], {**parameters, "key_list": list(keys)})

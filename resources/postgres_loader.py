@@ -8,7 +8,7 @@ from pipelines.changes.config import SourceConfig
 from pipelines.delivery.loading import CannotLoad, Load, Loader, LoadProgress
 from resources.captured_table import CapturedTable, CaptureRefused, find_tables
 from resources.database import connect
-from resources.source_rows import SourceRows
+from resources.source_rows import SourceBusy, SourceRows
 from resources.sql import statements
 
 _ROWS_AT_ONCE = 2000
@@ -39,25 +39,37 @@ class PostgresLoader(Loader):
         ]
 
     def run(self, target: str, stream: str, *, run_id: str) -> Iterator[LoadProgress]:
+        of_this = {"target": target, "stream": stream}
         with self._connect() as connection:
+            if connection.execute(self._sql["try_lock"], of_this).fetchone() != (True,):
+                return
             table = self._find(connection, stream)
             rows = SourceRows(connection, table)
             about = self._estimate(connection, table)
-            done, chunks = False, 0
-            while not done:
+            chunk = 0
+            while (found := connection.execute(self._sql["place"], of_this).fetchone()) is not None:
+                place, before = found
+                chunk += 1
+                keys = rows.next_keys(after=place, limit=_ROWS_AT_ONCE)
+                after = list(keys[-1].position) if len(keys) == _ROWS_AT_ONCE else None
+                advance = {**of_this, "place": place, "position": after, "run_id": run_id}
                 with connection.transaction():
-                    of_this = {"target": target, "stream": stream}
-                    taken = connection.execute(self._sql["take"], of_this).fetchone()
-                    if taken is None:
-                        return
-                    chunk = rows.append_chunk(target=target, after=taken[0], limit=_ROWS_AT_ONCE)
-                    position = None if chunk.last is None else list(chunk.last)
-                    advanced = connection.execute(
-                        self._sql["advance"], {**of_this, "position": position, "rows": chunk.rows, "run_id": run_id}
-                    ).fetchone()
-                assert advanced is not None
-                done, chunks = position is None, chunks + 1
-                yield LoadProgress(rows=advanced[0], of_about=max(about, advanced[0]), done=done, chunk=chunks)
+                    present = rows.append_present(target=target, keys=[one.key for one in keys])
+                    left = [one.key for one in keys if one.key not in present]
+                    if not left:
+                        connection.execute(self._sql["advance"], {**advance, "rows": len(present)})
+                appended = len(present)
+                # The place stays until these are in the log too: interrupted here, the chunk is appended once more.
+                while left:
+                    try:
+                        appended += rows.append_one(target=target, key=left[0])
+                        del left[0]
+                        if not left:
+                            connection.execute(self._sql["advance"], {**advance, "rows": appended})
+                    except SourceBusy:
+                        yield LoadProgress(rows=before + appended, of_about=about, done=False, chunk=chunk)
+                so_far = before + appended
+                yield LoadProgress(rows=so_far, of_about=max(about, so_far), done=after is None, chunk=chunk)
 
     def _find(self, connection: psycopg.Connection, stream: str) -> CapturedTable:
         config = self._source.tables.get(stream)

@@ -2,6 +2,9 @@
 
 A row is locked (FOR SHARE) while its record is appended. So the record's change id lies after those of the changes that
 made the row what it is, and before those of all later ones: no older state can come after a newer one.
+
+Who holds rows' locks waits for nobody here. Else a writer of many rows, which takes them in an order of its own, could
+wait for one that is held while it holds the one that is waited for, and Postgres would end either of the two.
 """
 
 import json
@@ -19,21 +22,22 @@ from resources.sql import statements
 _LOCK_TIMEOUT = "2s"
 
 
-class TableBusy(Exception):
-    """A lock on the whole table, needed to append deletes, was not had in time; nothing was written. Try again."""
+class SourceBusy(Exception):
+    """A lock on a row, or on the table, was not had in time; nothing was written. Try again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """What was appended of a table, in the order of its key."""
+class RowKey:
+    """Which row of a table."""
 
-    rows: int
-    last: Sequence[str | None] | None
-    """The key columns of the last row, as text, where the next chunk begins; None if there are no more."""
+    key: str
+    """As the change log has it."""
+    position: Sequence[str | None]
+    """The key columns as text: where the rows after it begin."""
 
 
 class SourceRows:
-    """One table. Each method is one transaction of its own, or part of the one that is open on the connection."""
+    """One table. Each method but `append_states` is one transaction, or part of the connection's open one."""
 
     def __init__(self, connection: psycopg.Connection, table: CapturedTable) -> None:
         self._connection = connection
@@ -43,47 +47,59 @@ class SourceRows:
         found = connection.execute(statements("capture")["key_types"], {"relation": table.oid, "numbers": numbers})
         self._types = {name: sql.SQL(type_name) for name, type_name in found}
 
-    def append_chunk(self, *, target: str, after: Sequence[str | None] | None, limit: int) -> Chunk:
-        """Append up to *limit* rows that come after the key columns *after*, as `snapshot` records."""
+    def next_keys(self, *, after: Sequence[str | None] | None, limit: int) -> Sequence[RowKey]:
+        """Return the keys of up to *limit* rows that come after the key columns *after*, in the order of the key."""
         columns = sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key)
         last = sql.SQL(", ").join(
             sql.SQL("%s::text::{}").format(self._types[column.name]) for column in self._table.key
         )
-        beginning = sql.SQL("") if after is None else sql.SQL("where ({}) > ({})").format(columns, last)
         query = sql.SQL(
-            "with locked as materialized ("
-            "  select {payload} as payload, array[{texts}] as position from {table} t {beginning}"
-            "  order by {columns} limit {limit} for share of t"
-            "), numbered as (select payload, position, row_number() over () as place from locked"
-            "), appended as ("
-            "  insert into distributary.change_log (stream, key, operation, payload, target)"
-            "  select {stream}, {key}, 'snapshot', payload, {target} from numbered order by place"
-            ") select count(*), (array_agg(position order by place desc))[1:1] from numbered"
+            "select {key}, position from ("
+            "  select {payload} as payload, array[{texts}] as position, row_number() over (order by {columns}) as place"
+            "  from {table} t {beginning} order by {columns} limit {limit}"
+            ") t order by place"
         ).format(
+            key=key_text(self._table, "payload"),
             payload=payload_of(self._table, "t"),
             texts=sql.SQL(", ").join(
                 sql.SQL("t.{}::text").format(sql.Identifier(column.name)) for column in self._table.key
             ),
             table=self._table.identifier,
-            beginning=beginning,
+            beginning=sql.SQL("") if after is None else sql.SQL("where ({}) > ({})").format(columns, last),
             columns=columns,
             limit=sql.Literal(limit),
-            stream=sql.Literal(self._table.stream),
-            key=key_text(self._table, "payload"),
-            target=sql.Literal(target),
         )
         with self._connection.transaction():
             apply_settings(self._connection)
-            row = self._connection.execute(query, list(after or [])).fetchone()
-        assert row is not None
-        rows, position = row
-        return Chunk(rows=rows, last=position[0] if rows == limit else None)
+            rows = self._connection.execute(query, list(after or [])).fetchall()
+        return [RowKey(key=key, position=position) for key, position in rows]
 
     def append_present(self, *, target: str, keys: Sequence[str]) -> set[str]:
-        """Append the row of each of *keys* that there is, as a `snapshot`; return those keys."""
+        """Append the row of each of *keys* that there is and nobody is changing, as a `snapshot`; return those keys.
+
+        Waits for nobody. What is left over is for `append_one`, once this is committed.
+        """
+        with self._connection.transaction():
+            apply_settings(self._connection)
+            return self._append(target, keys, sql.SQL("for share of t skip locked"))
+
+    def append_one(self, *, target: str, key: str) -> bool:
+        """Append the row of *key*, once nobody is changing it, and say whether there is one; raises SourceBusy.
+
+        The transaction must hold no lock of another row, for here is waited.
+        """
+        try:
+            with self._connection.transaction():
+                self._connection.execute("select set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
+                apply_settings(self._connection)
+                return bool(self._append(target, [key], sql.SQL("for share of t")))
+        except psycopg.errors.LockNotAvailable as error:
+            raise SourceBusy(f"{self._table.stream} {key}: {error.diag.message_primary}") from None
+
+    def _append(self, target: str, keys: Sequence[str], lock: sql.Composable) -> set[str]:
         query = sql.SQL(
             "with locked as materialized ("
-            "  select {payload} as payload from {table} t where ({columns}) in (select {wanted}) for share of t"
+            "  select {payload} as payload from {table} t where ({columns}) in (select {wanted}) {lock}"
             "), named as (select {key} as key, payload from locked"
             "), appended as ("
             "  insert into distributary.change_log (stream, key, operation, payload, target)"
@@ -94,16 +110,15 @@ class SourceRows:
             table=self._table.identifier,
             columns=sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in self._table.key),
             wanted=self._columns_of_keys(),
+            lock=lock,
             key=key_text(self._table, "payload"),
             stream=sql.Literal(self._table.stream),
             target=sql.Literal(target),
         )
-        with self._connection.transaction():
-            apply_settings(self._connection)
-            return {key for (key,) in self._connection.execute(query, [list(keys)])}
+        return {key for (key,) in self._connection.execute(query, [list(keys)])}
 
     def append_absent(self, *, target: str, keys: Sequence[str], payloads: Mapping[str, Any] | None = None) -> set[str]:
-        """Append a `delete` for each of *keys* that has no row, and return those keys; raises TableBusy.
+        """Append a `delete` for each of *keys* that has no row, and return those keys; raises SourceBusy.
 
         No row is there to be locked, so for a moment the table is: else an insert that is not committed yet could have
         an older change id than the delete that does not know of it. *payloads* has rows as they were; by default a
@@ -140,18 +155,19 @@ class SourceRows:
                 apply_settings(self._connection)
                 return {key for (key,) in self._connection.execute(query, [list(keys), given])}
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-            raise TableBusy(f"{self._table.stream}: {error.diag.message_primary}") from None
+            raise SourceBusy(f"{self._table.stream}: {error.diag.message_primary}") from None
 
-    def append_states(self, *, target: str, keys: Sequence[str]) -> None:
-        """Append what there is of each of *keys* now: its row, or that it has none; raises TableBusy.
+    def append_states(self, *, target: str, keys: Sequence[str]) -> int:
+        """Append what there is of each of *keys* now: its row, or that it has none; return how many; raises SourceBusy.
 
-        The absent come first, in a transaction of their own: to wait for the table's lock while holding rows' would
-        be a deadlock with any writer that waits for one of those.
+        In several transactions, so that none waits while it holds a row; what is committed before SourceBusy stands.
         """
         absent = self.append_absent(target=target, keys=keys) if self.seem_absent(keys) else set()
-        if present := [key for key in keys if key not in absent]:
-            # One that is deleted in between is in the log as it is, for all targets.
-            self.append_present(target=target, keys=present)
+        keys = [key for key in dict.fromkeys(keys) if key not in absent]
+        present = self.append_present(target=target, keys=keys) if keys else set()
+        # One that is deleted in between is in the log as it is, for all targets.
+        late = sum(self.append_one(target=target, key=key) for key in keys if key not in present)
+        return len(absent) + len(present) + late
 
     def seem_absent(self, keys: Sequence[str]) -> bool:
         """Say whether some of *keys* seem to have no row; if not, `append_absent` and its lock are not needed."""

@@ -11,7 +11,7 @@ import pytest
 from pipelines.changes.config import SourceConfig
 from resources.capture import install_capture
 from resources.captured_table import find_tables
-from resources.source_rows import SourceRows, TableBusy
+from resources.source_rows import SourceBusy, SourceRows
 
 
 @pytest.fixture
@@ -57,26 +57,26 @@ KEYS: Any = [
 def test_rows_are_appended_under_the_keys_and_with_the_payloads_that_triggers_write(
     connection: psycopg.Connection, columns: str, key: Any, rows: str
 ) -> None:
-    """For every kind of key: whole, in chunks of one, and by key."""
+    """For every kind of key: all at once, and one by one."""
     connection.execute("create type mood as enum ('sad', 'happy')")
     names = ", ".join(key if isinstance(key, list) else [key])
     table = watch(connection, "things", f"create table things ({columns}, note text default 'n')", key)
     connection.execute(f"insert into things ({names}) values {rows}")  # type: ignore[call-overload]
     captured = {(key, json.dumps(payload)) for _, key, payload in log(connection)}
 
-    chunk = table.append_chunk(target="whole", after=None, limit=100)
-    after, sizes = None, []
-    while True:
-        one = table.append_chunk(target="singly", after=after, limit=1)
-        sizes.append(one.rows)
-        if (after := one.last) is None:
-            break
-    found = table.append_present(target="by_key", keys=[key for key, _ in captured])
+    whole = [one.key for one in table.next_keys(after=None, limit=100)]
+    singly, after = [], None
+    while found := table.next_keys(after=after, limit=1):
+        singly += [one.key for one in found]
+        after = found[0].position
+    present = table.append_present(target="at_once", keys=[key for key, _ in captured])
+    for key in whole:
+        assert table.append_one(target="singly", key=key)
 
-    assert (chunk.rows, chunk.last) == (len(captured), None)
-    assert sizes == [1] * len(captured) + [0]
-    assert found == {key for key, _ in captured}
-    for target in ("whole", "singly", "by_key"):
+    assert singly == whole
+    assert sorted(whole) == sorted(key for key, _ in captured)
+    assert present == set(whole)
+    for target in ("at_once", "singly"):
         appended = log(connection, target=target)
         assert {operation for operation, _, _ in appended} == {"snapshot"}
         assert {(key, json.dumps(payload)) for _, key, payload in appended} == captured
@@ -87,7 +87,7 @@ def test_excluded_columns_stay_out(connection: psycopg.Connection) -> None:
     table = watch(connection, "people", "create table people (id int primary key, secret text)", exclude=["secret"])
     connection.execute("insert into people values (1, 'x')")
 
-    table.append_chunk(target="crm", after=None, limit=10)
+    table.append_one(target="crm", key="1")
     table.append_states(target="crm", keys=["1"])
 
     assert [payload for _, _, payload in log(connection, target="crm")] == [{"id": 1}, {"id": 1}]
@@ -156,21 +156,28 @@ def waits(connection: psycopg.Connection) -> bool:
     return False
 
 
-def test_a_row_that_is_being_changed_is_waited_for(
+def test_a_row_that_is_being_changed_is_left_to_be_waited_for_alone(
     connection: psycopg.Connection, database: str, in_background: Any
 ) -> None:
     """The snapshot holds the new state, and its id comes after that change's."""
     table = watch(connection, "people", "create table people (id int primary key, n int)")
-    connection.execute("insert into people values (1, 1)")
+    connection.execute("insert into people values (1, 1), (2, 2)")
     with psycopg.connect(database) as writer, psycopg.connect(database, autocommit=True) as other:
-        writer.execute("update people set n = 2")
-        appended = in_background(lambda: table.append_chunk(target="crm", after=None, limit=10))
+        writer.execute("update people set n = 3 where id = 1")
+        assert table.append_present(target="crm", keys=["1", "2"]) == {"2"}
+        appended = in_background(lambda: table.append_one(target="crm", key="1"))
         assert waits(other)
         writer.commit()
 
-        assert appended().rows == 1
+        assert appended() is True
         everything = other.execute("select operation, payload ->> 'n' from distributary.change_log order by change_id")
-        assert everything.fetchall() == [("insert", "1"), ("update", "2"), ("snapshot", "2")]
+        assert everything.fetchall() == [
+            ("insert", "1"),
+            ("insert", "2"),
+            ("update", "3"),
+            ("snapshot", "2"),
+            ("snapshot", "3"),
+        ]
 
 
 def test_a_change_waits_until_the_rows_record_is_committed(
@@ -214,7 +221,7 @@ def test_a_writer_that_never_ends_makes_it_give_up_and_not_the_application(
     with psycopg.connect(database) as writer:
         writer.execute("insert into people values (1)")
 
-        with pytest.raises(TableBusy, match="people: canceling statement due to lock timeout"):
+        with pytest.raises(SourceBusy, match="people: canceling statement due to lock timeout"):
             table.append_states(target="crm", keys=["1", "2"])
 
     assert log(connection, target="crm") == []
@@ -246,10 +253,9 @@ def test_beside_writers_no_older_state_ever_comes_after_a_newer_one(
     try:
         for _ in range(6):
             after: Sequence[str | None] | None = None
-            while True:
-                chunk = table.append_chunk(target="crm", after=after, limit=7)
-                if (after := chunk.last) is None:
-                    break
+            while found := table.next_keys(after=after, limit=7):
+                after = found[-1].position
+                table.append_states(target="crm", keys=[one.key for one in found])
             table.append_states(target="crm", keys=[str(n) for n in range(1, 46)])
     finally:
         done.set()
@@ -270,3 +276,37 @@ def test_beside_writers_no_older_state_ever_comes_after_a_newer_one(
             state[key] = version
     rows = dict(connection.execute("select id::text, version from people").fetchall())
     assert {key: version for key, version in state.items() if version is not None} == rows
+
+
+def test_writers_of_many_rows_and_we_never_wait_for_each_other_in_a_circle(
+    connection: psycopg.Connection, database: str
+) -> None:
+    """They take rows in orders of their own; Postgres would end one of us, and it might be the application."""
+    table = watch(connection, "people", "create table people (id int primary key, version int)")
+    connection.execute("insert into people select n, 0 from generate_series(1, 60) n")
+    keys = [str(n) for n in range(1, 61)]
+    failed: list[Exception] = []
+    done = threading.Event()
+
+    def write() -> None:
+        with psycopg.connect(database, autocommit=True) as writer:
+            while not done.is_set():
+                try:
+                    with writer.transaction():
+                        for key in reversed(keys):
+                            writer.execute("update people set version = version + 1 where id = %s", [int(key)])
+                except psycopg.Error as error:
+                    failed.append(error)
+
+    # One alone, or writers would lock each other out.
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        for _ in range(60):
+            table.append_states(target="crm", keys=keys)
+    finally:
+        done.set()
+        writer.join(30)
+
+    assert failed == []
+    assert len(log(connection, target="crm")) == 60 * 60

@@ -16,20 +16,21 @@ from distributary.load l
 where l.target = any(%(targets)s)
 order by l.target, l.stream
 
--- name: take
--- Whoever has the row has the load; another run of it finds nothing to take.
+-- name: try_lock
+-- Whoever has it, for a session, has the load. A lock of the row would need a transaction as long as the load.
+select pg_try_advisory_lock(hashtextextended('distributary load ' || %(target)s || '/' || %(stream)s, 0))
+
+-- name: place
 select l.position, l.rows
 from distributary.load l
 where l.target = %(target)s and l.stream = %(stream)s and l.state = 'running'
-for update skip locked
 
 -- name: advance
 update distributary.load
 set position = %(position)s, rows = rows + %(rows)s, run_id = %(run_id)s, updated_at = clock_timestamp(),
     state = case when %(position)s::text[] is null then 'done' else 'running' end,
     finished_at = case when %(position)s::text[] is null then clock_timestamp() end
-where target = %(target)s and stream = %(stream)s
-returning rows
+where target = %(target)s and stream = %(stream)s and state = 'running' and position is not distinct from %(place)s::text[]
 
 -- name: estimate
 -- What the planner believes; of a partitioned table the sum of its parts. -1 is 'never looked'.
