@@ -16,7 +16,6 @@ import msgspec
 from pipelines.changes.record import ChangeRecord, Operation, original_id
 from pipelines.delivery.config import (
     Format,
-    JsonPath,
     Mode,
     OnDead,
     OperationConfig,
@@ -27,6 +26,7 @@ from pipelines.delivery.config import (
     compile_record,
 )
 from pipelines.delivery.outcome import OperationKind
+from pipelines.delivery.sections import JsonPath
 from pipelines.delivery.template import (
     BatchTemplate,
     RecordUnrenderable,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipelines.delivery.config import JsonPath, Secret, TargetConfig
+from pipelines.delivery.config import Secret, TargetConfig
+from pipelines.delivery.sections import JsonPath
 
 MINIMAL: dict[str, Any] = {
     "name": "crm",
