@@ -1,8 +1,8 @@
-"""Target APIs over HTTP: one `httpx.Client` for each lane, behind the port of `pipelines.delivery.target`."""
+"""Target APIs over HTTP: one connection for each lane, behind the port of `pipelines.delivery.target`."""
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlencode
 from uuid import UUID
@@ -19,6 +19,7 @@ from pipelines.delivery.config import (
 )
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
+from resources.http_direct import DirectConnection, Reply
 from resources.http_wire import Wire, open_client, read_body
 from resources.oauth import Token, TokenEndpoint, TokenSource
 from resources.redaction import redact, redact_text, spellings
@@ -126,6 +127,9 @@ class HttpTargetClient(TargetClient):
             timeout_seconds=endpoint.timeout_seconds,
             transport=transport,
         )
+        self._direct: DirectConnection | None = None
+        if transport is None:
+            self._direct = DirectConnection.for_client(self._client, endpoint.base_url, wire=self._wire)
 
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
         """Send *request*; a second time at once if its token has ended, or if a kept connection had."""
@@ -152,28 +156,27 @@ class HttpTargetClient(TargetClient):
         started = time.monotonic()
         give_up_at = started + self._endpoint.timeout_seconds
         secrets = self._endpoint.secrets if token is None else self._endpoint.secrets + token.secrets
-        headers = {"Idempotency-Key": str(key)}
+        headers = {}
         if request.content_type is not None:
             headers["Content-Type"] = request.content_type
         if request.compressed:
             headers["Content-Encoding"] = "gzip"
         if token is not None:
             headers["Authorization"] = f"Bearer {token.value}"
-        url = self._endpoint.base_url + request.path
+        path = request.path
         if self._endpoint.query:
             # Not as httpx's `params`: those take the place of the path's own query.
-            url += ("&" if "?" in request.path else "?") + self._endpoint.query
+            path += ("&" if "?" in path else "?") + self._endpoint.query
         sent_before = False
         while True:
             self._wire.begin(give_up_at=give_up_at)
             try:
-                with self._client.stream(request.method, url, content=request.body, headers=headers) as response:
-                    body, truncated = read_body(response, limit=self._endpoint.max_response_bytes)
+                reply = self._send_once(request, path, headers, str(key))
                 return Answer(
-                    status=response.status_code,
-                    headers={name.lower(): redact_text(value, secrets) for name, value in response.headers.items()},
-                    body=redact(body, secrets),
-                    truncated=truncated,
+                    status=reply.status,
+                    headers=_readable(reply.headers, secrets),
+                    body=redact(reply.body, secrets),
+                    truncated=reply.truncated,
                     seconds=time.monotonic() - started,
                 )
             except httpx.InvalidURL as error:
@@ -187,6 +190,15 @@ class HttpTargetClient(TargetClient):
                     sent_before = True
                     continue
                 return self._no_answer(error, secrets, started, sent_before=sent_before)
+
+    def _send_once(self, request: HttpRequest, path: str, headers: dict[str, str], key: str) -> Reply:
+        method, body, limit = request.method, request.body, self._endpoint.max_response_bytes
+        if self._direct is not None:
+            return self._direct.exchange(method, path, body=body, headers=headers, key=key, limit=limit)
+        headers = headers | {"Idempotency-Key": key}
+        with self._client.stream(method, self._endpoint.base_url + path, content=body, headers=headers) as response:
+            said, truncated = read_body(response, limit=limit)
+        return Reply(response.status_code, response.headers.raw, said, truncated)
 
     def _no_answer(
         self, error: Exception, secrets: tuple[bytes, ...], started: float, *, sent_before: bool
@@ -205,4 +217,15 @@ class HttpTargetClient(TargetClient):
         )
 
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         self._client.close()
+
+
+def _readable(headers: Sequence[tuple[bytes, bytes]], secrets: tuple[bytes, ...]) -> dict[str, str]:
+    """Return *headers* by their names in lower case, without secrets; what comes more than once is one, with commas."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), redact(raw_value, secrets).decode("utf-8", "replace")
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found

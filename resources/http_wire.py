@@ -1,4 +1,7 @@
-"""An HTTP client whose every request has one deadline, from connecting to the last byte of the answer."""
+"""An HTTP client whose every request has one deadline, from connecting to the last byte of the answer.
+
+`resources/http_direct.py` sends most requests of a drain over the same wire, without the client.
+"""
 
 import logging
 import socket
@@ -135,7 +138,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 @cache
-def _ssl_context() -> ssl.SSLContext:
+def ssl_context() -> ssl.SSLContext:
     """Read the certificates once: it takes longer than a request, and each lane has a client of its own."""
     return httpx.create_ssl_context()
 
@@ -157,7 +160,7 @@ def open_client(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
         follow_redirects=False,
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a repeat is the same bytes
-        verify=_ssl_context(),
+        verify=ssl_context(),
         transport=transport,
     )
     # httpcore takes a network backend, httpx passes none on. A transport of our own would lose the proxies that httpx
