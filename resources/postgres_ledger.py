@@ -1,7 +1,8 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -119,6 +120,10 @@ class PostgresLedger(Ledger):
         )
 
 
+# As `ChangeRecord._make`, without a call of Python's for each row.
+_new_record = cast("Callable[[tuple[Any, ...]], ChangeRecord]", partial(tuple.__new__, ChangeRecord))
+
+
 class PostgresTargetLedger(TargetLedger):
     """One target's ledger on the connection that holds its lock."""
 
@@ -185,27 +190,29 @@ class PostgresTargetLedger(TargetLedger):
         if max_records < 1 or max_bytes < 1:
             # Reading nothing would look as if nothing were pending, and the gaps would close over what is.
             raise ValueError("a window has room for at least one record and one byte")
+        # First what is decided, then what there is: all that was decided by then is seen by now.
+        found = self._execute("decided").fetchone()
+        assert found is not None  # its lock is held, and rows are never deleted
+        fenced, decided = found
         records: list[ChangeRecord] = []
-        head: tuple[Any, ...] = (False, None, None)
-        weight = 0
+        weight = stored = 0
         parameters = {"target": self._target, "max_records": max_records, "max_bytes": max_bytes}
         cursor = self._connection.cursor()
         # A hundred rows at a time, for the statement bounds them as they are stored: compressed, they may be tiny.
         rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=_ROWS_AT_ONCE)
         with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:  # what is left of them is not read
             for row in rows:
-                head = row[:3]
-                if head[2] is None or weight >= max_bytes:
+                if weight >= max_bytes:
                     break
-                records.append(ChangeRecord._make(row[3:]))
-                weight += len(records[-1].payload)
-        fenced, decided, seen = head
-        complete = seen is None or len(records) == seen < max_records
+                records.append(_new_record(row[:7]))
+                weight += len(row[4])
+                stored = row[7]
+        complete = len(records) < max_records and weight < max_bytes and stored < max_bytes
         if complete and not fenced:
-            self._set_fence(read=[record.change_id for record in records])
+            self._set_fence(read=_multirange([record.change_id for record in records]))
         return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
 
-    def _set_fence(self, *, read: Sequence[int]) -> None:
+    def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()
         if row is not None and row[0] is not None:
             self._execute("set_fence", last=row[0], read=read)
@@ -225,8 +232,9 @@ class PostgresTargetLedger(TargetLedger):
                 firsts=firsts,
                 lasts=lasts,
                 keys=[claim.idempotency_key for claim in window.claims],
-                claimed=claimed,
-                settled=settled,
+                members=_array(claimed),
+                claimed=_multirange(claimed),
+                settled=_multirange(settled),
                 superseded=len(window.superseded),
                 filtered=len(window.filtered),
                 dead=len(window.dead),
@@ -248,7 +256,7 @@ class PostgresTargetLedger(TargetLedger):
             firsts=firsts,
             lasts=lasts,
             keys=[part.idempotency_key for part in parts],
-            members=members,
+            members=_array(members),
         ).fetchone()
         if row is None or row[0] is None:
             raise LedgerConflict(f"{self._target}: the parts are not what is still claimed of batch {batch_id}.")
@@ -272,7 +280,7 @@ class PostgresTargetLedger(TargetLedger):
                 statuses=[s.status for s in settlements],
                 latencies=[None if s.seconds is None else s.seconds * 1000 for s in settlements],
                 errors=[s.error and _storable(s.error) for s in settlements],
-                settled=settled,
+                settled=_multirange(settled),
                 accepted=len(accepted),
                 filtered=len(filtered),
                 dead=len(dead),
@@ -332,6 +340,28 @@ def _laid_end_to_end(claims: Sequence[Claim]) -> tuple[list[int], list[int], lis
         members += [change.change_id for change in claim.changes]
     lasts = [first - 1 for first in firsts[1:]] + [len(members)] if firsts else []
     return members, firsts, lasts
+
+
+def _array(ids: Sequence[int]) -> str:
+    """Return *ids* as Postgres writes an array: in one piece, for psycopg would look at each."""
+    return "{" + ",".join(map(str, ids)) + "}"
+
+
+def _multirange(ids: Sequence[int]) -> str:
+    """Return the set of *ids* as Postgres writes it: of ids in a row only the first and the last."""
+    ordered = sorted(ids)
+    ranges: list[str] = []
+    first = last = None
+    for one in ordered:
+        if last is not None and one == last + 1:
+            last = one
+            continue
+        if first is not None:
+            ranges.append(f"[{first},{last}]")
+        first = last = one
+    if first is not None:
+        ranges.append(f"[{first},{last}]")
+    return "{" + ",".join(ranges) + "}"
 
 
 def _storable(text: str) -> str:

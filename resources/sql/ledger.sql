@@ -43,9 +43,13 @@ select pg_advisory_unlock(1684632436, target_id) from distributary.target_state 
 
 -- name: read_by_index
 -- For this session. Without statistics (a new log, a first load) the planner sorts all of the log for each window; and
--- where it takes such a plan it also compiles it, which takes longer than running it.
+-- where it takes such a plan it also compiles it, which takes longer than running it. A window of usual records is to be
+-- sorted in memory: in order already, that is next to nothing, and by way of the disk most of what reading it takes.
 select set_config(name, 'off', false)
 from unnest(array['enable_seqscan', 'enable_bitmapscan', 'jit']) as name
+union all
+select set_config('work_mem', '16MB', false)
+where pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('16MB')
 
 -- name: still_connected
 select %(target)s::text
@@ -103,44 +107,39 @@ join distributary.dead_letter d
   on d.target = %(target)s and d.stream = k.stream and d.key = k.key and d.state = 'open'
 group by d.stream, d.key
 
+-- name: decided
+-- Asked before `pending`: what was decided at this instant is seen by every later snapshot.
+select -- A fence in the future was taken in another cluster, before a dump and a restore: it is none.
+       coalesce(fence_xid < pg_snapshot_xmax(pg_current_snapshot()), false) as fenced,
+       case when fence_xid < pg_snapshot_xmin(pg_current_snapshot()) then fence_change_id end as decided
+from distributary.target_state
+where target = %(target)s
+
 -- name: pending
--- One statement, so one snapshot: the rows and the oldest open transaction are seen at the same instant, which is what
--- makes 'decided' true. `seen` is null if there are none. `before` bounds the window by bytes as they are stored.
-with state as materialized (
-    select settled + claimed as taken,
-           -- A fence in the future was taken in another cluster, before a dump and a restore: it is none.
-           coalesce(fence_xid < pg_snapshot_xmax(pg_current_snapshot()), false) as fenced,
-           case when fence_xid < pg_snapshot_xmin(pg_current_snapshot()) then fence_change_id end as decided
-    from distributary.target_state
-    where target = %(target)s
-)
-select r.fenced, r.decided, r.seen,
-       r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays
+-- `bytes` bounds the window as payloads are stored, and says whether it was bounded.
+select r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays, r.bytes
 from (
-    select state.fenced, state.decided, c.*
-    from state
-    left join lateral (
-        select w.*, count(*) over () as seen,
-               sum(pg_column_size(w.payload)) over (order by w.change_id) - pg_column_size(w.payload) as before
-        from (
-            select g.*
-            from unnest(int8multirange(int8range(0, null)) - state.taken) as gap
-            cross join lateral (
-                select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
-                from distributary.change_log l
-                where l.change_id >= lower(gap)
-                  and l.change_id < coalesce(upper(gap), 9223372036854775807)
-                  and (l.target is null or l.target = %(target)s)
-                order by l.change_id
-                limit %(max_records)s
-            ) g
-            order by g.change_id
+    select g.*, sum(pg_column_size(g.payload)) over (order by g.change_id rows unbounded preceding) as bytes
+    from (
+        select l.*
+        from distributary.target_state s
+        cross join lateral unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+        cross join lateral (
+            select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
+            from distributary.change_log l
+            where l.change_id >= lower(gap)
+              and l.change_id < coalesce(upper(gap), 9223372036854775807)
+              and (l.target is null or l.target = %(target)s)
+            order by l.change_id
             limit %(max_records)s
-        ) w
-    ) c on c.before < %(max_bytes)s
-    order by c.change_id
-    offset 0  -- a fence: payloads are made into text row by row as they are fetched, not all of them to be sorted
+        ) l
+        where s.target = %(target)s
+        order by l.change_id
+        limit %(max_records)s
+    ) g
 ) r
+where r.bytes - pg_column_size(r.payload) < %(max_bytes)s
+order by r.change_id
 
 -- name: last_change_id
 -- The last id that was drawn, by whomever, seen or not; null if none was.
@@ -156,7 +155,7 @@ where target = %(target)s
   and coalesce(fence_xid >= pg_snapshot_xmax(pg_current_snapshot()), true)
   and not (
       settled + claimed
-      + (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(read)s::bigint[]) as id)
+      + %(read)s::int8multirange
       @> int8range(0, %(last)s, '[]')
   )
 
@@ -168,14 +167,13 @@ with claims as (
 ),
 written as (
     insert into distributary.batch (target, lane, stream, operation, change_ids, idempotency_key, run_id)
-    select %(target)s, lane, stream, operation, (%(claimed)s::bigint[])[first:last], key, %(run_id)s
+    select %(target)s, lane, stream, operation, (%(members)s::bigint[])[first:last], key, %(run_id)s
     from claims
     order by position
     returning batch_id
 ),
 ids as (
-    select (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(claimed)s::bigint[]) as id) as claimed,
-           (select coalesce(range_agg(int8range(id, id, '[]')), '{}') from unnest(%(settled)s::bigint[]) as id) as settled
+    select %(claimed)s::int8multirange as claimed, %(settled)s::int8multirange as settled
 )
 update distributary.target_state t
 set claimed = t.claimed + ids.claimed,
@@ -229,7 +227,7 @@ with results as (
          as r (batch_id, set_aside, accepted, dead, attempts, status_code, latency_ms, error)
 ),
 ids as (
-    select coalesce(range_agg(int8range(id, id, '[]')), '{}') as settled from unnest(%(settled)s::bigint[]) as id
+    select %(settled)s::int8multirange as settled
 ),
 still as materialized (
     select t.claimed - ids.settled as claimed from distributary.target_state t, ids where t.target = %(target)s
