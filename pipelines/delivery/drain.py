@@ -131,6 +131,11 @@ class _Work:
     """Runs that set it aside before."""
     claimed_as: int = 0
     """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
+    bytes: int = field(init=False)
+    """By which it counts towards the window."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes", sum([len(change.payload) for change in self.batch.changes]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,7 +441,7 @@ class _Loop:
                 lane.start()
         self._outstanding += 1
         self._outstanding_records += len(work.batch.changes)
-        self._outstanding_bytes += _weight(work.batch)
+        self._outstanding_bytes += work.bytes
         self._lanes[work.batch.lane % len(self._lanes)].work.put(work)
 
     def _dispatch_leftover(self, left: Leftover, plan: LeftoverPlan) -> None:
@@ -520,7 +525,7 @@ class _Loop:
         batch = work.batch
         self._outstanding -= 1
         self._outstanding_records -= len(batch.changes)
-        self._outstanding_bytes -= _weight(batch)
+        self._outstanding_bytes -= work.bytes
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:
@@ -540,9 +545,7 @@ class _Loop:
             self._recorder.count("accepted", settlement.accepted)
             self._recorder.count("filtered", settlement.filtered)
             self._recorder.bury(settlement.dead)
-            for change in settlement.accepted:
-                # The clocks of two machines: a change cannot have been delivered before it was made.
-                self._recorder.lags.add(max(0.0, (now - change.changed_at).total_seconds()))
+            self._recorder.lag(now, settlement.accepted)
         self._on_progress(self._recorder)
 
     def _sender(self) -> tuple[Sender, TargetClient]:
@@ -655,8 +658,3 @@ class _Aside:
 
 def _refused(dead: Sequence[DeadRecord]) -> list[ChangeRecord]:
     return [record.change for record in dead if record.blocked_by is None]
-
-
-def _weight(batch: Batch) -> int:
-    """Return the bytes by which *batch* counts towards the window."""
-    return sum(len(change.payload) for change in batch.changes)

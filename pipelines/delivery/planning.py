@@ -73,7 +73,11 @@ def claim_of(batch: Batch, *, log_id: UUID, target: str) -> Claim:
 
 def lane_of(stream: str, key: str, *, lanes: int) -> int:
     """Return the lane of a key: always the same one, so its changes are sent one after another."""
-    return crc32(key.encode(), crc32(stream.encode())) % lanes
+    return crc32(key.encode(), _crc_of_stream(stream)) % lanes
+
+
+def _crc_of_stream(stream: str) -> int:
+    return crc32(stream.encode())
 
 
 def plan_window(
@@ -97,12 +101,15 @@ def plan_window(
     dead: list[DeadRecord] = []
     blocks = dict(blocked_keys)
     batcher = _Batcher(lanes=lanes, max_records_of=max_records_of)
+    ways: dict[tuple[str, Operation, Operation], _Way] = {}
     for first, change in _coalesce(pending.records, routes, filtered, superseded):
-        route = routes[change.stream]
-        operation = route.operation_for(first, change.operation)
-        fragment = _render(route, operation, change, filtered, dead, blocks)
-        if operation is not None and fragment is not None:
-            batcher.add(route, operation, change, fragment)
+        which = (change.stream, first, change.operation)
+        way = ways.get(which)
+        if way is None:
+            way = ways[which] = batcher.way(routes[change.stream], first, change.operation)
+        fragment = _render(way.route, way.operation, change, filtered, dead, blocks)
+        if fragment is not None:
+            batcher.add(way, change, fragment)
     batches = batcher.close()
     claims = [claim_of(batch, log_id=log_id, target=target) for batch in batches]
     window = Window(
@@ -230,13 +237,28 @@ def _coalesce(
     return list(latest.values())
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How changes of one stream and kind go, looked up once for all of a window."""
+
+    route: Route
+    operation: RouteOperation | None
+    kind: tuple[str, OperationKind | None]
+    keyed: bool
+    """A key may be in the window more than once."""
+    judged_alone: bool
+    """Items are judged one by one."""
+    max_records: int
+    max_bytes: int
+    stream_crc: int
+
+
 @dataclass(slots=True)
 class _Open:
     """A batch that still takes records."""
 
     lane: int
-    route: Route
-    operation: RouteOperation
+    way: _Way
     changes: list[ChangeRecord] = field(default_factory=list)
     fragments: list[bytes] = field(default_factory=list)
     size: int = 0
@@ -253,32 +275,45 @@ class _Batcher:
     def __init__(self, *, lanes: int, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
         self._lanes = lanes
         self._max_records_of = max_records_of
-        self._open: list[dict[tuple[str, OperationKind], _Open]] = [{} for _ in range(lanes)]
+        self._open: list[dict[tuple[str, OperationKind | None], _Open]] = [{} for _ in range(lanes)]
         self._closed: list[Batch] = []
         self._batch_of_key: dict[tuple[str, str], _Open] = {}
 
-    def add(self, route: Route, operation: RouteOperation, change: ChangeRecord, fragment: bytes) -> None:
-        lane = lane_of(change.stream, change.key, lanes=self._lanes)
-        kind = (route.stream, operation.kind)
-        batch = self._open[lane].get(kind)
-        if route.mode == "event" or not route.updates:
+    def way(self, route: Route, first: Operation, last: Operation) -> _Way:
+        operation = route.operation_for(first, last)
+        return _Way(
+            route=route,
+            operation=operation,
+            kind=(route.stream, None if operation is None else operation.kind),
+            keyed=route.mode == "event" or not route.updates,
+            judged_alone=operation is not None and operation.results is not None,
+            max_records=0 if operation is None else self._max_records_of(route, operation),
+            max_bytes=0 if operation is None else operation.max_bytes,
+            stream_crc=_crc_of_stream(route.stream),
+        )
+
+    def add(self, way: _Way, change: ChangeRecord, fragment: bytes) -> None:
+        lane = crc32(change.key.encode(), way.stream_crc) % self._lanes
+        batch = self._open[lane].get(way.kind)
+        if way.keyed:
             identity = (change.stream, change.key)
             earlier = self._batch_of_key.get(identity)
-            if earlier is not None and not earlier.closed and (earlier is not batch or operation.results is not None):
+            if earlier is not None and not earlier.closed and (earlier is not batch or way.judged_alone):
                 # Where items are judged one by one, a second change of the key could be accepted and the first not.
                 self._close_lane(lane)
                 batch = None
-        if batch is not None and batch.size + len(fragment) > operation.max_bytes:
+        if batch is not None and batch.size + len(fragment) > way.max_bytes:
             self._close_batch(batch)
             batch = None
         if batch is None:
-            batch = self._open[lane][kind] = _Open(lane, route, operation, size=operation.overhead_bytes)
+            assert way.operation is not None  # or nothing would have been rendered
+            batch = self._open[lane][way.kind] = _Open(lane, way, size=way.operation.overhead_bytes)
         batch.changes.append(change)
         batch.fragments.append(fragment)
         batch.size += len(fragment) + 1
-        if route.mode == "event" or not route.updates:
+        if way.keyed:
             self._batch_of_key[(change.stream, change.key)] = batch
-        if len(batch.changes) >= self._max_records_of(route, operation):
+        if len(batch.changes) >= way.max_records:
             self._close_batch(batch)
 
     def close(self) -> list[Batch]:
@@ -292,12 +327,13 @@ class _Batcher:
 
     def _close_batch(self, batch: _Open) -> None:
         batch.closed = True
-        del self._open[batch.lane][(batch.route.stream, batch.operation.kind)]
+        del self._open[batch.lane][batch.way.kind]
+        assert batch.way.operation is not None
         self._closed.append(
             Batch(
                 lane=batch.lane,
-                route=batch.route,
-                operation=batch.operation,
+                route=batch.way.route,
+                operation=batch.way.operation,
                 changes=batch.changes,
                 fragments=batch.fragments,
             )

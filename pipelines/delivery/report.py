@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date
+from datetime import UTC, date, datetime
 from math import ceil
 from random import Random
 from typing import Literal
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord
+
+_LAGS_OF_A_BATCH = 10
 
 End = Literal["caught_up", "deferred", "paused", "stopped", "held", "failed"]
 
@@ -91,9 +93,26 @@ class Recorder:
 
     def count(self, name: Literal["accepted", "superseded", "filtered"], changes: Sequence[ChangeRecord]) -> None:
         """Add *changes* to one count of their streams and days."""
+        if not changes:
+            return
+        times = [change.changed_at for change in changes]
+        first, last = min(times).astimezone(UTC).date(), max(times).astimezone(UTC).date()
+        streams = {change.stream for change in changes}
+        if first == last and len(streams) == 1:  # as a batch nearly always is
+            self._add(name, streams.pop(), first, len(changes))
+            return
         for change in changes:
-            tally = self._tally_of(change)
-            setattr(tally, name, getattr(tally, name) + 1)
+            self._add(name, change.stream, change.changed_at.astimezone(UTC).date(), 1)
+
+    def _add(self, name: str, stream: str, day: date, number: int) -> None:
+        tally = self.tallies[(stream, day)]
+        setattr(tally, name, getattr(tally, name) + number)
+
+    def lag(self, now: datetime, accepted: Sequence[ChangeRecord]) -> None:
+        """Take into account how long some of a batch's changes took: a few stand for all."""
+        for change in accepted[:: max(1, len(accepted) // _LAGS_OF_A_BATCH)]:
+            # The clocks of two machines: a change cannot have been delivered before it was made.
+            self.lags.add(max(0.0, (now - change.changed_at).total_seconds()))
 
     def bury(self, dead: Sequence[DeadRecord]) -> None:
         """Add dead letters, by their reasons."""
