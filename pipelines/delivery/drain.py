@@ -7,10 +7,11 @@ A batch that was set aside before is a *suspect*: it, and not the target, may be
 unwell, others are sent first, so that a suspect does not stand for it; if it was left well, a suspect is tried once.
 """
 
+import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
@@ -29,6 +30,7 @@ from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.sending import DrainEnded, RetryPolicy, Sender, Sent
 from pipelines.delivery.target import TargetClient
 
+_COLLECT_AFTER = (50_000, 20, 100)
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
 _LONGEST_DEAF = 0.2
@@ -65,7 +67,7 @@ class DrainLimits:
     linger_seconds: float = 0.0
     poll_seconds: float = 0.25
     max_seconds: float | None = None
-    window_records: int = 20_000
+    window_records: int = 10_000
     window_bytes: int = 32_000_000
 
 
@@ -101,18 +103,34 @@ def drain(
     lets the drain claim nothing new, finish what is in flight, settle and return.
     """
     state = ledger.state()
-    loop = _Loop(
-        policy=policy,
-        routes=routes,
-        ledger=ledger,
-        connect=connect,
-        clock=clock,
-        limits=limits,
-        stop=stop or StopRequest(),
-        on_progress=on_progress or (lambda _: None),
-        state=state,
-    )
-    return loop.run()
+    with _collecting_seldom():
+        return _Loop(
+            policy=policy,
+            routes=routes,
+            ledger=ledger,
+            connect=connect,
+            clock=clock,
+            limits=limits,
+            stop=stop or StopRequest(),
+            on_progress=on_progress or (lambda _: None),
+            state=state,
+        ).run()
+
+
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """Have Python look for reference cycles seldom: a drain makes few, and looking through windows is dear.
+
+    What is there by now (modules, Dagster) is not looked through at all.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _bucket(limit: RateLimit | None, now: float) -> TokenBucket | None:
