@@ -3,14 +3,14 @@
 import click
 import dagster as dg
 
-from pipelines.delivery.assets import sync_assets
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.sensors import change_sensor
-from pipelines.operating.assets import dead_letters_asset
+from pipelines.operating.assets import dead_letters_asset, sync_assets
 from pipelines.operating.jobs import initial_load_job, prune_job, redrive_job
 from pipelines.operating.schedules import prune_schedule
 from resources.config_files import ConfigError
 from resources.dagster_resources import (
+    BackfillerResource,
     DeadLettersResource,
     LedgerResource,
     LoaderResource,
@@ -41,6 +41,7 @@ def definitions() -> dg.Definitions:
             "clock": SystemClock(),
             "dead_letters": DeadLettersResource(),
             "loader": LoaderResource(),
+            "backfiller": BackfillerResource(),
             "pruner": PrunerResource(),
             "source": SourceResource(),
         },

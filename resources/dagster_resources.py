@@ -11,10 +11,12 @@ from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import Loader
+from pipelines.operating.backfilling import Backfiller
 from pipelines.operating.dead_letters import DeadLetters
 from pipelines.operating.pruning import Pruner
 from resources.config_files import config_folder, load_source
 from resources.database import connect, database_url
+from resources.postgres_backfiller import PostgresBackfiller
 from resources.postgres_dead_letters import PostgresDeadLetters
 from resources.postgres_ledger import PostgresLedger
 from resources.postgres_loader import PostgresLoader
@@ -51,6 +53,23 @@ class DeadLettersResource(dg.ConfigurableResource[DeadLetters]):
         """Find the database and read the file when a step starts."""
         source = load_source(Path(self.folder) if self.folder else config_folder())
         yield PostgresDeadLetters(self.url or database_url(), source)
+
+
+class BackfillerResource(dg.ConfigurableResource[Backfiller]):
+    """The log and the tables of a configuration folder's source.yaml, in a Postgres database."""
+
+    url: str | None = Field(
+        default=None, description="By default that of DATABASE_URL; if that is unset, of the embedded server."
+    )
+    folder: str | None = Field(
+        default=None, description="Holds source.yaml. By default the one that DISTRIBUTARY_CONFIG names."
+    )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Backfiller]:  # noqa: ARG002
+        """Find the database and read the file when a step starts."""
+        source = load_source(Path(self.folder) if self.folder else config_folder())
+        yield PostgresBackfiller(self.url or database_url(), source)
 
 
 class LoaderResource(dg.ConfigurableResource[Loader]):

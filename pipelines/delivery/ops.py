@@ -92,6 +92,18 @@ def deliver_to_target(
     loader: dg.ResourceParam[Loader],
 ) -> DrainReport:
     """Deliver all that one target is owed. Its faults are values: if an op raised, no target would be reported."""
+    return deliver(context, plan, ledger, targets, clock, loader)
+
+
+def deliver(
+    context: dg.OpExecutionContext,
+    plan: DeliveryPlan,
+    ledger: Ledger,
+    targets: TargetCatalog,
+    clock: Clock,
+    loader: Loader,
+) -> DrainReport:
+    """Drain one target and report its sync assets; called by whatever step is to deliver."""
     try:
         destination = targets.destination(plan.target)
     except TargetMisconfigured as error:

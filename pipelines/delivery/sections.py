@@ -1,4 +1,4 @@
-"""What the parts of a target's file are made of: sections without unknown keys, refusals that know their place, paths."""
+"""What the parts of a target's file are made of: sections without unknown keys, refusals with their place, paths."""
 
 import re
 from dataclasses import dataclass

@@ -1,14 +1,106 @@
-"""The asset `dead_letters`: what targets refused and nobody has dealt with, counted and plotted."""
+"""The sync assets `<target>/<stream>`, by day of change, and `dead_letters`: what the UI shows, and sends again.
 
+No `from __future__ import annotations` here: Dagster reads the annotations of assets at decoration.
+"""
+
+import warnings
 from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime
 
 import dagster as dg
 
+from pipelines.delivery.catalog import TargetCatalog
 from pipelines.delivery.clock import Clock
+from pipelines.delivery.config import RouteConfig, TargetConfig
+from pipelines.delivery.ledger import Ledger
+from pipelines.delivery.loading import Loader
+from pipelines.delivery.ops import DeliveryPlan, deliver
+from pipelines.operating.backfilling import Backfill, Backfiller, CannotBackfill
 from pipelines.operating.dead_letters import DeadLetters, Selection
 from pipelines.operating.selecting import age
 
 _SHOWN = 200
+_TELL_EVERY = 50
+
+# The calendar has to begin somewhere: a change of an earlier day is delivered and reported all the same.
+DAYS = dg.DailyPartitionsDefinition(start_date="2026-01-01", end_offset=1)
+
+
+def sync_assets(configs: Iterable[TargetConfig]) -> list[dg.AssetsDefinition]:
+    """Return one asset for each route: what its target was given of the stream, by day of change.
+
+    Deliveries report them. To materialize days of one is to send them again.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # of the backfill policy; Dagster is pinned
+        return [_sync_asset(config, stream, route) for config in configs for stream, route in config.routes.items()]
+
+
+def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.AssetsDefinition:
+    target, mode = config.name, route.mode
+    again = "what its keys hold now" if mode == "state" else "the changes themselves, under their own keys"
+
+    @dg.asset(
+        key=[target, stream],
+        description=f"What {target} ({config.base_url}) was given of {stream}, in mode {mode}. "
+        f"Materialize days to send again, to it alone, what changed on them: {again}.",
+        group_name=target,
+        kinds={"http"},
+        partitions_def=DAYS,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        metadata={"mode": mode, "status": config.status, "critical": config.critical},
+    )
+    def send_again(
+        context: dg.OpExecutionContext,
+        ledger: dg.ResourceParam[Ledger],
+        targets: dg.ResourceParam[TargetCatalog],
+        clock: dg.ResourceParam[Clock],
+        loader: dg.ResourceParam[Loader],
+        backfiller: dg.ResourceParam[Backfiller],
+    ) -> dg.MaterializeResult[None]:
+        since, until = context.partition_time_window
+        missing = _missing(context, backfiller, since)
+        appended = _append_again(
+            context, backfiller, Backfill(target=target, stream=stream, mode=mode, since=since, until=until)
+        )
+        plan = DeliveryPlan(target=target, linger_seconds=0.0, poll_seconds=0.25, max_seconds=86_400.0)
+        report = deliver(context, plan, ledger, targets, clock, loader)
+        if report.end == "held":
+            context.log.info(f"{target}: the drain that holds its lock delivers them")
+        elif report.end not in ("caught_up", "stopped"):
+            raise dg.Failure(
+                f"{target}: {appended} records were appended, and are delivered once it is well: {report.reason}",
+                allow_retries=False,
+            )
+        return dg.MaterializeResult(metadata={"sent again": appended, "dead": report.total("dead"), **missing})
+
+    return send_again
+
+
+def _missing(context: dg.OpExecutionContext, backfiller: Backfiller, since: datetime) -> dict[str, str]:
+    """Say in the log and in the metadata what of the days cannot be sent again."""
+    kept_since = backfiller.kept_since()
+    if kept_since is None or since >= kept_since:
+        return {}
+    missing = (
+        f"Of what was made before {kept_since:%Y-%m-%d %H:%M} UTC some is no longer in the log (retention_days): it is "
+        "not sent again. initial_load_job sends every row there is."
+    )
+    context.log.warning(missing)
+    return {"not sent again": missing}
+
+
+def _append_again(context: dg.OpExecutionContext, backfiller: Backfiller, backfill: Backfill) -> int:
+    appended = 0
+    try:
+        for step, progress in enumerate(backfiller.run(backfill, run_id=context.run_id)):
+            appended = progress.appended
+            if progress.done or step % _TELL_EVERY == 0:
+                context.log.info(f"{backfill.target}/{backfill.stream}: {appended} records appended")
+    except CannotBackfill as error:
+        raise dg.Failure(str(error), allow_retries=False) from None
+    return appended
 
 
 @dg.asset(name="dead_letters", group_name="operating", kinds={"postgres"})

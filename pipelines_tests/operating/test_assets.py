@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from pipelines.delivery.assets import DAYS, sync_assets
+from pipelines.operating.assets import DAYS, sync_assets
 from pipelines_tests.fakes.catalog import target_config
 
 
@@ -19,18 +19,18 @@ def test_each_route_is_an_asset_named_for_its_target_and_stream():
 def test_an_asset_tells_what_its_targets_file_says():
     (asset,) = sync_assets([target_config("crm", status="paused", critical=False)])
 
-    assert asset.description == "What crm (https://crm.example) was given of people, in mode state."
-    assert asset.metadata["mode"] == "state"
-    assert asset.metadata["status"] == "paused"
-    assert asset.metadata["critical"] is False
-    assert asset.group_name == "crm"
+    spec = asset.get_asset_spec()
+    assert (spec.description or "").startswith("What crm (https://crm.example) was given of people, in mode state.")
+    assert spec.metadata["mode"] == "state"
+    assert spec.metadata["status"] == "paused"
+    assert spec.metadata["critical"] is False
+    assert spec.group_name == "crm"
 
 
-def test_no_run_can_be_asked_to_compute_one():
-    """Deliveries report them; a materialization that sent nothing would be a lie."""
-    definitions = dg.Definitions(assets=sync_assets([target_config("crm")]))
+def test_a_range_of_days_is_sent_again_by_one_run():
+    (asset,) = sync_assets([target_config("crm")])
 
-    assert not definitions.resolve_asset_graph().executable_asset_keys
+    assert asset.backfill_policy == dg.BackfillPolicy.single_run()
 
 
 def test_the_calendar_has_today():

@@ -1,0 +1,52 @@
+"""The port to backfills: what changed on some days, appended to the log once more, for one target.
+
+A backfill that was interrupted goes on at its last committed step, whichever run takes it up.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from pipelines.delivery.config import Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backfill:
+    """What is to be sent again."""
+
+    target: str
+    stream: str
+    mode: Mode
+    """`state`: what the source holds now of the keys that changed then. `event`: the changes, under their own keys."""
+    since: datetime
+    until: datetime
+    """Made before this, and not before `since`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackfillProgress:
+    """A step more."""
+
+    appended: int
+    """Records so far, those of runs before this one included."""
+    done: bool
+
+
+class CannotBackfill(Exception):
+    """A sentence that says why and what to do. What was appended before it stands."""
+
+
+class Backfiller(ABC):
+    """All targets' backfills."""
+
+    @abstractmethod
+    def run(self, backfill: Backfill, *, run_id: str) -> Iterator[BackfillProgress]:
+        """Append step after step, each committed when it is yielded; at last one that is done. Raises CannotBackfill.
+
+        One that was done before begins anew.
+        """
+
+    @abstractmethod
+    def kept_since(self) -> datetime | None:
+        """Return when the oldest change was made that is still in the log; None if none was ever removed."""

@@ -1,0 +1,241 @@
+"""Days of a sync asset, materialized in one process over a real database: what is sent again, and what is not."""
+
+import json
+from collections.abc import Iterator
+from datetime import date, timedelta
+from typing import Any
+
+import dagster as dg
+import psycopg
+import pytest
+
+from pipelines.changes.config import SourceConfig
+from pipelines.delivery.jobs import delivery_job
+from pipelines.operating.assets import sync_assets
+from pipelines.operating.backfilling import Backfill
+from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
+from pipelines_tests.fakes.target import ScriptedTarget
+from resources.capture import install_capture
+from resources.postgres_backfiller import PostgresBackfiller
+from resources.postgres_ledger import PostgresLedger
+from resources.postgres_loader import PostgresLoader
+from resources.system_clock import SystemClock
+
+SOURCE = SourceConfig.model_validate({"tables": {"people": {"key": "id"}}})
+FIRST = date(2026, 3, 1)
+
+
+class World:
+    """A source with people, a target that takes them, and Dagster in one process."""
+
+    def __init__(self, url: str, connection: psycopg.Connection, *, mode: str) -> None:
+        self.connection, self.url = connection, url
+        self.status = 200
+        self.target = ScriptedTarget(lambda _: self.status)
+        routes = {"people": {"mode": mode, "upsert": {"path": "/people"}, "delete": {"path": "/people/${_key}"}}}
+        config = target_config("crm", routes=routes)
+        (self.asset,) = sync_assets([config])
+        self.resources: dict[str, Any] = {
+            "ledger": PostgresLedger(url),
+            "targets": FakeTargetCatalog([config], clients={"crm": self.target}),
+            "clock": SystemClock(),
+            "loader": PostgresLoader(url, SOURCE),
+            "backfiller": PostgresBackfiller(url, SOURCE),
+        }
+
+    def write(self, key: str, name: str | None, *, day: int) -> None:
+        """Change one person, on the *day*th day of the story; no name is a deletion."""
+        if name is None:
+            self.connection.execute("delete from people where id = %s", [key])
+        else:
+            self.connection.execute(
+                "insert into people values (%s, %s) on conflict (id) do update set name = excluded.name", [key, name]
+            )
+        self.connection.execute(
+            "update distributary.change_log set changed_at = %s"
+            " where change_id = (select max(change_id) from distributary.change_log)",
+            [FIRST + timedelta(days=day, hours=0)],
+        )
+
+    def deliver(self) -> list[tuple[str, str, str]]:
+        """Run `delivery_job`; return method, name or path, and key of what the target was sent."""
+        before = len(self.target.sent)
+        delivery_job.execute_in_process(resources=self.resources, raise_on_error=False)
+        return self.sent(before)
+
+    def materialize(self, first: int, last: int) -> tuple[dg.ExecuteInProcessResult, list[tuple[str, str, str]]]:
+        """Materialize the days from *first* to *last*, as a backfill does."""
+        before = len(self.target.sent)
+        days = {
+            "dagster/asset_partition_range_start": (FIRST + timedelta(days=first)).isoformat(),
+            "dagster/asset_partition_range_end": (FIRST + timedelta(days=last)).isoformat(),
+        }
+        done = dg.materialize([self.asset], resources=self.resources, tags=days, raise_on_error=False)
+        return done, self.sent(before)
+
+    def sent(self, since: int) -> list[tuple[str, str, str]]:
+        return [
+            (
+                request.request.method,
+                json.loads(request.body)["name"] if request.body else request.path,
+                str(request.key),
+            )
+            for request in self.target.sent[since:]
+        ]
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("create table people (id text primary key, name text)")
+        install_capture(connection, SOURCE)
+        yield connection
+
+
+def told(sent: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    return [(method, what) for method, what, _ in sent]
+
+
+def test_of_a_route_of_states_the_keys_of_those_days_are_sent_as_they_are_now(
+    database: str, connection: psycopg.Connection
+):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+    world.write("2", "Bea", day=1)
+    world.write("3", "Cyd", day=1)
+    world.write("4", "Dan", day=2)
+    world.deliver()
+    world.write("2", "Bea B.", day=5)
+    world.write("3", None, day=5)
+    world.deliver()
+
+    done, sent = world.materialize(1, 1)
+
+    assert done.success
+    assert sorted(told(sent)) == [("DELETE", "/people/3"), ("POST", "Bea B.")]
+    (event,) = [event for event in done.get_asset_materialization_events() if event.partition == "2026-03-02"]
+    assert event.materialization.metadata["sent again"].value == 2
+    assert world.resources["ledger"].conservation("crm").holds
+
+
+def test_of_a_route_of_events_they_are_sent_themselves_in_order_under_their_own_keys(
+    database: str, connection: psycopg.Connection
+):
+    world = World(database, connection, mode="event")
+    for day, (key, name) in enumerate([("1", "Ada"), ("1", "Ada B."), ("2", "Bea"), ("1", None), ("1", "Ada C.")]):
+        world.write(key, name, day=day)
+    first = world.deliver()
+
+    done, sent = world.materialize(1, 3)
+
+    assert done.success
+    assert sent == first[1:4]
+    assert told(sent) == [("POST", "Ada B."), ("POST", "Bea"), ("DELETE", "/people/1")]
+
+
+def test_a_replay_is_not_replayed(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="event")
+    world.write("1", "Ada", day=0)
+    world.deliver()
+    world.materialize(0, 0)
+
+    _, sent = world.materialize(0, 0)
+
+    assert told(sent) == [("POST", "Ada")]
+
+
+def test_days_without_changes_send_nothing(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+    world.deliver()
+
+    done, sent = world.materialize(3, 9)
+
+    assert (done.success, sent) == (True, [])
+    assert {event.partition for event in done.get_asset_materialization_events()} == {
+        (FIRST + timedelta(days=day)).isoformat() for day in range(3, 10)
+    }
+
+
+def test_a_target_that_is_down_gets_them_later(database: str, connection: psycopg.Connection):
+    """They are in the log: the run fails, and whichever delivers next brings them."""
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+    world.deliver()
+    world.status = 503
+
+    done, _ = world.materialize(0, 0)
+    world.status = 200
+
+    assert not done.success
+    (failure,) = [event for event in done.all_events if event.event_type_value == "STEP_FAILURE"]
+    assert "crm: 1 records were appended, and are delivered once it is well" in str(failure.event_specific_data)
+    assert told(world.deliver()) == [("POST", "Ada")]
+
+
+def test_a_target_that_was_never_delivered_to_is_named(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+
+    done, sent = world.materialize(0, 0)
+
+    assert (done.success, sent) == (False, [])
+
+
+@pytest.mark.parametrize("mode", ["state", "event"])
+def test_one_that_is_interrupted_goes_on_where_it_was(
+    database: str, connection: psycopg.Connection, mode: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("resources.postgres_backfiller._AT_ONCE", 2)
+    world = World(database, connection, mode=mode)
+    for key in "abcdefg":
+        world.write(key, key.upper(), day=0)
+    world.deliver()
+    days = world.asset.partitions_def.time_window_for_partition_key(FIRST.isoformat())  # type: ignore[union-attr, attr-defined]
+    backfill = Backfill(target="crm", stream="people", mode=mode, since=days.start, until=days.end)
+    interrupted = world.resources["backfiller"].run(backfill, run_id="interrupted")
+    next(interrupted)
+    next(interrupted)
+    interrupted.close()
+    connection.execute("update people set name = 'newer' where id in ('a', 'g')")
+
+    done, sent = world.materialize(0, 0)
+
+    assert done.success
+    names = [name for _, name in told(sent)]
+    if mode == "state":
+        assert sorted(names) == ["B", "C", "D", "E", "F", "newer", "newer"]
+    else:
+        # What was appended goes out first, as it was; then what was changed meanwhile; then the rest.
+        assert sorted(names) == ["A", "B", "C", "D", "E", "F", "G", "newer", "newer"]
+
+
+def test_two_runs_never_append_the_same(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+    world.deliver()
+    with psycopg.connect(database) as other:
+        other.execute("select pg_advisory_lock(hashtextextended('distributary backfill crm/people', 0))")
+
+        done, sent = world.materialize(0, 0)
+
+    assert (done.success, sent) == (False, [])
+
+
+def test_what_was_pruned_is_said_to_be_missing(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=4)
+    world.deliver()
+    connection.execute("update distributary.target_state set pruned = 3, accepted = accepted + 3")
+
+    done, _ = world.materialize(0, 5)
+    all_there, _ = world.materialize(4, 5)
+
+    said = [
+        event.materialization.metadata.get("not sent again")
+        for run in (done, all_there)
+        for event in run.get_asset_materialization_events()
+        if event.partition == "2026-03-05"
+    ]
+    assert "Of what was made before 2026-03-05 00:00 UTC some is no longer in the log" in said[0].value
+    assert said[1] is None
