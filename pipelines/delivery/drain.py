@@ -162,7 +162,8 @@ class _Told:
 
     settlement: Settlement
     done: tuple[_Work, Sent] | None = None
-    written: threading.Event = field(default_factory=threading.Event)
+    written: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    """Given something once the settlement is in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,7 +492,10 @@ class _Loop:
         be sent again after a newer one. What was accepted is a repeat then, and the target can tell.
         """
         self._results.put(told)
-        while told.settlement.dead and not told.written.wait(_LONGEST_DEAF):
+        while told.settlement.dead:
+            with suppress(Empty):
+                told.written.get(timeout=_LONGEST_DEAF)
+                return
             if self._failed.is_set():
                 raise DrainEnded
 
@@ -524,7 +528,7 @@ class _Loop:
                 told.append(result)
         wrote = self._write_unwritten()
         for one in told:
-            one.written.set()
+            one.written.put(None)
         if wrote and self._unwell and self._gate.healthy and self._gate.halt is None:
             self._ledger.resume()
             self._unwell, self._earlier_failed_runs = False, 0
