@@ -6,7 +6,7 @@ import dagster as dg
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.sensors import change_sensor
 from pipelines.operating.assets import dead_letters_asset, sync_assets
-from pipelines.operating.jobs import initial_load_job, prune_job, redrive_job
+from pipelines.operating.jobs import initial_load_job, preview_job, prune_job, redrive_job
 from pipelines.operating.schedules import prune_schedule
 from resources.config_files import ConfigError
 from resources.dagster_resources import (
@@ -31,7 +31,7 @@ def definitions() -> dg.Definitions:
         # Dagster's command line prints this kind as it is, and others with a traceback.
         raise click.ClickException(str(error)) from None
     return dg.Definitions(
-        jobs=[delivery_job, initial_load_job, prune_job, redrive_job],
+        jobs=[delivery_job, initial_load_job, preview_job, prune_job, redrive_job],
         sensors=[change_sensor],
         schedules=[prune_schedule],
         assets=[*sync_assets(targets.configs().values()), dead_letters_asset],

@@ -51,6 +51,7 @@ def test_the_names_that_others_call(repository):
     assert jobs == {
         "delivery_job": ["conclude_delivery", "deliver_to_target", "plan_deliveries"],
         "initial_load_job": ["load_rows"],
+        "preview_job": ["preview"],
         "prune_job": ["prune"],
         "redrive_job": ["redrive"],
     }

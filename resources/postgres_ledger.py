@@ -25,6 +25,7 @@ from pipelines.delivery.ledger import (
     Status,
     TargetLedger,
     TargetState,
+    Upcoming,
     Window,
 )
 from pipelines.delivery.outcome import DeadRecord
@@ -101,6 +102,18 @@ class PostgresLedger(Ledger):
             Owed(target=target, has_work=has_work, held=held, status=status, reason=reason, waiting=waiting)
             for target, has_work, held, status, reason, waiting in rows
         ]
+
+    def upcoming(self, target: str, *, max_records: int, max_bytes: int) -> Upcoming:
+        with self._connection("preview") as connection, connection.transaction():
+            connection.execute("set transaction isolation level repeatable read, read only")
+            found = connection.execute(self._sql["log_identity"]).fetchone()
+            assert found is not None  # the schema is there
+            looking = PostgresTargetLedger(connection, target, run_id="")
+            leftovers = next(looking.leftovers(max_records=max_records, max_bytes=max_bytes), [])
+            pending, complete = looking.read_pending(max_records=max_records, max_bytes=max_bytes)
+            claimed = [change for left in leftovers for change in left.changes]
+            blocked = looking.blocked({(change.stream, change.key) for change in (*claimed, *pending)})
+        return Upcoming(log_id=found[0], leftovers=leftovers, pending=pending, blocked=blocked, more=not complete)
 
     def conservation(self, target: str) -> Conservation:
         with self._connection("conservation") as connection:
@@ -194,6 +207,13 @@ class PostgresTargetLedger(TargetLedger):
         found = self._execute("decided").fetchone()
         assert found is not None  # its lock is held, and rows are never deleted
         fenced, decided = found
+        records, complete = self.read_pending(max_records=max_records, max_bytes=max_bytes)
+        if complete and not fenced:
+            self._set_fence(read=_multirange([record.change_id for record in records]))
+        return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
+
+    def read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
+        """Return the oldest pending changes, and whether they are all there are."""
         records: list[ChangeRecord] = []
         weight = stored = 0
         parameters = {"target": self._target, "max_records": max_records, "max_bytes": max_bytes}
@@ -207,10 +227,7 @@ class PostgresTargetLedger(TargetLedger):
                 records.append(_new_record(row[:7]))
                 weight += len(row[4])
                 stored = row[7]
-        complete = len(records) < max_records and weight < max_bytes and stored < max_bytes
-        if complete and not fenced:
-            self._set_fence(read=_multirange([record.change_id for record in records]))
-        return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
+        return records, len(records) < max_records and weight < max_bytes and stored < max_bytes
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()

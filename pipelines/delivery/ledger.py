@@ -124,6 +124,19 @@ class Leftover:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Upcoming:
+    """What one target is to be sent next, as far as it was asked for."""
+
+    log_id: UUID
+    leftovers: Sequence[Leftover]
+    pending: Sequence[ChangeRecord]
+    blocked: Mapping[tuple[str, str], int]
+    """Those of their keys that have an open dead letter, each with the first such change."""
+    more: bool
+    """There may be others behind them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
     """What became of a claimed batch. Members named nowhere stay claimed, and the batch with them."""
 
@@ -233,6 +246,13 @@ class Ledger(ABC):
     @abstractmethod
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
         """Say of each target, given the streams that it routes, whether it has work; one query, by target."""
+
+    @abstractmethod
+    def upcoming(self, target: str, *, max_records: int, max_bytes: int) -> Upcoming:
+        """Look at what a registered target is owed: at most so much of what is claimed, and of what is pending.
+
+        Takes no lock and writes nothing. Of a target that is not registered there is nothing.
+        """
 
     @abstractmethod
     def conservation(self, target: str) -> Conservation:

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from pipelines.operating.ops import load_rows, prune, redrive
+from pipelines.operating.ops import load_rows, preview, prune, redrive
 
 
 @dg.job(executor_def=dg.in_process_executor)
@@ -21,3 +21,9 @@ def redrive_job() -> None:
 def prune_job() -> None:
     """Remove what every target has settled and `retention_days` has passed."""
     prune()
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def preview_job() -> None:
+    """Say what each target would be sent next. Sends nothing, changes nothing."""
+    preview()

@@ -1,4 +1,4 @@
-"""The ops that a person launches: load a target's tables, redrive or discard dead letters, prune the log.
+"""The ops that a person launches: load tables, redrive or discard dead letters, prune the log, look at what comes.
 
 No `from __future__ import annotations` here: Dagster reads the annotations of ops at decoration.
 """
@@ -11,14 +11,18 @@ import dagster as dg
 from pydantic import Field
 
 from pipelines.changes.config import SourceConfig
-from pipelines.delivery.catalog import TargetCatalog
+from pipelines.delivery.catalog import TargetCatalog, TargetMisconfigured
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import CannotLoad, Loader
 from pipelines.delivery.ops import log_progress
 from pipelines.operating.dead_letters import CannotRedrive, DeadLetters, Redrive, Selection
+from pipelines.operating.previewing import lines_of
+from pipelines.operating.previewing import preview as preview_of
 from pipelines.operating.pruning import Pruner, who_holds
 from pipelines.operating.selecting import UnknownTime, describe, parse_time, redrives
+
+_PREVIEWED_BYTES = 32_000_000
 
 
 class RedriveConfig(dg.Config):
@@ -116,14 +120,9 @@ def load_rows(
 ) -> None:
     """Append every row of the targets' tables to the log, addressed to them; deliveries go on meanwhile."""
     configs = targets.configs()
-    if unknown := sorted(set(config.targets) - set(configs)):
-        known = ", ".join(configs) or "none"
-        raise dg.Failure(
-            f"ops.load_rows.config.targets: there is no target {', '.join(unknown)}; configured are: {known}.",
-            allow_retries=False,
-        )
+    names = _known(config.targets, targets, at="ops.load_rows.config.targets")
     targets.owed(ledger)  # makes known those that are new
-    chosen = [configs[name] for name in config.targets or configs if configs[name].status == "active"]
+    chosen = [configs[name] for name in names if configs[name].status == "active"]
     routes = [(one.name, stream) for one in chosen for stream in one.routes if stream in (config.streams or one.routes)]
     problems: list[str] = []
     total = 0
@@ -184,6 +183,66 @@ def prune(
         batches=batches,
         missed=missed.total(),
     )
+
+
+class PreviewConfig(dg.Config):
+    """Whose next requests are looked at, and how closely."""
+
+    targets: list[str] = Field(default=[], description="Of these targets only; empty: of all.")
+    records: int = Field(default=1000, ge=1, le=20_000, description="Look at so many of the changes that are owed.")
+    requests: int = Field(
+        default=3, ge=0, le=100, description="Show so many requests of each target, as they would go out."
+    )
+    mask: list[str] = Field(
+        default=[], description="Source columns whose values are not shown; _key masks the record's key."
+    )
+
+
+@dg.op
+def preview(
+    context: dg.OpExecutionContext,
+    config: PreviewConfig,
+    ledger: dg.ResourceParam[Ledger],
+    targets: dg.ResourceParam[TargetCatalog],
+) -> None:
+    """Say what each target would be sent next, and what would be refused before that. Sends and changes nothing."""
+    names = _known(config.targets, targets, at="ops.preview.config.targets")
+    problems: list[str] = []
+    shown: list[str] = []
+    sendable = refused = 0
+    for name in names:
+        try:
+            destination = targets.destination(name)
+        except TargetMisconfigured as error:
+            problems.append(str(error))
+            continue
+        found = preview_of(
+            ledger.upcoming(name, max_records=config.records, max_bytes=_PREVIEWED_BYTES),
+            policy=destination.policy,
+            routes=destination.routes,
+            show=config.requests,
+            mask=config.mask,
+        )
+        shown += lines_of(name, found)
+        sendable += sum(found.records.values())
+        refused += sum(len(keys) for keys in found.refused.values())
+    for line in shown:
+        print(line, flush=True)  # on stdout: what `dagster job execute` shows
+    text = "\n".join(["```", *shown, "```"])
+    context.add_output_metadata({"records": sendable, "refused": refused, "preview": dg.MetadataValue.md(text)})
+    if problems:
+        raise dg.Failure("; ".join(problems), allow_retries=False)
+
+
+def _known(chosen: Sequence[str], targets: TargetCatalog, *, at: str) -> Sequence[str]:
+    """Return the chosen targets, all if none is chosen; raises Failure for one that is not configured."""
+    configs = targets.configs()
+    if unknown := sorted(set(chosen) - set(configs)):
+        known = ", ".join(configs) or "none"
+        raise dg.Failure(
+            f"{at}: there is no target {', '.join(unknown)}; configured are: {known}.", allow_retries=False
+        )
+    return chosen or list(configs)
 
 
 def _say(context: dg.OpExecutionContext, sentence: str, **numbers: int) -> None:

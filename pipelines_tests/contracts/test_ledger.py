@@ -663,6 +663,45 @@ def test_what_is_written_down_of_a_part_does_not_come_again_with_the_next(subjec
     assert parts_of(crm) == [[[1], [2], [5, 6]]]
 
 
+# --- what comes next --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_target_is_sent_next_can_be_looked_at_beside_its_drain(subject: Subject, crm: TargetLedger) -> None:
+    """What is claimed, then what is pending, then what is dead and may block it; and nothing changes by that."""
+    for key in ("a", "b", "a", "c"):
+        subject.append(key=key)
+    one, two, three, four = read(crm).records
+    (first, _) = crm.claim(Window(claims=[claim_of(one), claim_of(two)]))
+    crm.settle([Settlement(batch_id=first, dead=[refused_as(one)])])
+    before = (subject.batches(), counts(subject), crm.state())
+
+    seen = subject.ledger.upcoming("crm", max_records=10, max_bytes=1_000_000)
+
+    assert [[change.change_id for change in left.changes] for left in seen.leftovers] == [ids([two])]
+    assert list(seen.pending) == [three, four]
+    assert seen.blocked == {("customers", "a"): one.change_id}
+    assert (seen.more, seen.log_id) == (False, crm.state().log_id)
+    assert (subject.batches(), counts(subject), crm.state()) == before
+
+
+def test_no_more_is_looked_at_than_was_asked_for(subject: Subject) -> None:
+    subject.ledger.register({"crm": "beginning"})
+    for n in range(4):
+        subject.append(key=str(n))
+
+    seen = subject.ledger.upcoming("crm", max_records=3, max_bytes=1_000_000)
+
+    assert (ids(seen.pending), seen.more) == ([1, 2, 3], True)
+
+
+def test_of_a_target_that_is_not_registered_nothing_comes_next(subject: Subject) -> None:
+    subject.append()
+
+    seen = subject.ledger.upcoming("nobody", max_records=3, max_bytes=1_000_000)
+
+    assert (seen.leftovers, seen.pending, seen.more) == ([], [], False)
+
+
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from pipelines.delivery.ledger import (
     Status,
     TargetLedger,
     TargetState,
+    Upcoming,
     Window,
 )
 from pipelines.delivery.outcome import DeadRecord, OperationKind
@@ -333,6 +334,22 @@ class FakeLedger(Ledger):
         tail = tail[:LONG_TAIL]
         return len(tail) == LONG_TAIL or any(one.is_for(row.name) and one.record.stream in streams for one in tail)
 
+    def upcoming(self, target: str, *, max_records: int, max_bytes: int) -> Upcoming:
+        if target not in self._targets:
+            return Upcoming(log_id=LOG_ID, leftovers=[], pending=[], blocked={}, more=False)
+        looking = _Looking(self, self._targets[target], run_id="")
+        leftovers = next(looking.leftovers(max_records=max_records, max_bytes=max_bytes), [])
+        waiting = self._pending(self._targets[target])
+        pending: list[ChangeRecord] = []
+        for change in waiting[:max_records]:
+            if sum(len(one.payload) for one in pending) >= max_bytes:
+                break
+            pending.append(change)
+        claimed = [change for left in leftovers for change in left.changes]
+        blocked = looking.blocked({(change.stream, change.key) for change in (*claimed, *pending)})
+        more = len(pending) < len(waiting)
+        return Upcoming(log_id=LOG_ID, leftovers=leftovers, pending=pending, blocked=blocked, more=more)
+
     def conservation(self, target: str) -> Conservation:
         row = self._row(target)
         ids = [logged.record.change_id for logged in self._log if logged.is_for(target)]
@@ -561,3 +578,11 @@ def _state_of(row: _Target) -> TargetState:
         failed_runs=row.failed_runs,
         retry_at=row.retry_at,
     )
+
+
+class _Looking(FakeTargetLedger):
+    """A target's rows as one sees them who does not hold its lock."""
+
+    @property
+    def _row(self) -> _Target:
+        return self._target

@@ -54,6 +54,9 @@ where pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('16MB')
 -- name: still_connected
 select %(target)s::text
 
+-- name: log_identity
+select log_id from distributary.log_identity
+
 -- name: state
 select i.log_id, s.status, s.reason, s.failed_runs, s.retry_at
 from distributary.target_state s, distributary.log_identity i
