@@ -8,6 +8,9 @@ from pipelines.delivery.sensors import change_sensor
 from pipelines.operating.assets import dead_letters_asset, sync_assets
 from pipelines.operating.jobs import initial_load_job, preview_job, prune_job, redrive_job
 from pipelines.operating.schedules import prune_schedule
+from pipelines.reconciliation.assets import reconciliation_assets
+from pipelines.reconciliation.jobs import reconciliation_job
+from pipelines.reconciliation.schedules import reconciliation_schedules
 from resources.config_files import ConfigError
 from resources.dagster_resources import (
     BackfillerResource,
@@ -17,6 +20,7 @@ from resources.dagster_resources import (
     PrunerResource,
     SourceResource,
     TargetCatalogResource,
+    WorkspacesResource,
 )
 from resources.system_clock import SystemClock
 from resources.target_files import FileTargetCatalog
@@ -30,11 +34,14 @@ def definitions() -> dg.Definitions:
     except ConfigError as error:
         # Dagster's command line prints this kind as it is, and others with a traceback.
         raise click.ClickException(str(error)) from None
+    configs = targets.configs().values()
+    reconciliations = reconciliation_assets(configs)
+    reconciliation = reconciliation_job(reconciliations)
     return dg.Definitions(
-        jobs=[delivery_job, initial_load_job, preview_job, prune_job, redrive_job],
+        jobs=[delivery_job, initial_load_job, preview_job, prune_job, reconciliation, redrive_job],
         sensors=[change_sensor],
-        schedules=[prune_schedule],
-        assets=[*sync_assets(targets.configs().values()), dead_letters_asset],
+        schedules=[prune_schedule, *reconciliation_schedules(configs, reconciliation)],
+        assets=[*sync_assets(configs), *reconciliations, dead_letters_asset],
         resources={
             "ledger": LedgerResource(),
             "targets": TargetCatalogResource(),
@@ -44,5 +51,6 @@ def definitions() -> dg.Definitions:
             "backfiller": BackfillerResource(),
             "pruner": PrunerResource(),
             "source": SourceResource(),
+            "workspaces": WorkspacesResource(),
         },
     )

@@ -27,7 +27,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             base_url: https://crm.example
             auth: {type: bearer, token: {env: SECRET_THAT_IS_NOT_SET}}
             routes:
-              people: {upsert: {path: /people}}
+              people:
+                upsert: {path: /people}
+                delete: {path: '/people/${_key}'}
+                read: {path: /people, key: id}
+                reconcile: {cron: '0 * * * *'}
               pets: {upsert: {path: /pets}}
             """)
     )
@@ -53,14 +57,23 @@ def test_the_names_that_others_call(repository):
         "initial_load_job": ["load_rows"],
         "preview_job": ["preview"],
         "prune_job": ["prune"],
+        "reconciliation_job": ["reconcile_crm"],
         "redrive_job": ["redrive"],
     }
     assert [sensor.name for sensor in repository.sensor_defs] == ["change_sensor"]
-    assert [schedule.name for schedule in repository.schedule_defs] == ["prune_schedule"]
+    assert [schedule.name for schedule in repository.schedule_defs] == ["prune_schedule", "reconcile_crm"]
     assert sorted(key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()) == [
         "crm/people",
         "crm/pets",
         "dead_letters",
+        "reconciliation/crm",
+        "reconciliation/crm/people",
+    ]
+    assert sorted(check.name for check in repository.asset_graph.asset_check_keys) == [
+        "conservation",
+        "nothing_extra",
+        "nothing_missing",
+        "nothing_stale",
     ]
 
 

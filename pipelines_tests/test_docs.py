@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipelines.changes.config import SourceConfig, TableConfig
-from pipelines.delivery import config
+from pipelines.delivery import config, reading
 from resources.config_files import load_source, load_targets
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,13 @@ SECTIONS: list[type[BaseModel]] = [
     config.OperationConfig,
     config.BatchConfig,
     config.ResultsConfig,
+    reading.ReadConfig,
+    reading.CursorPaging,
+    reading.OffsetPaging,
+    reading.NumberedPaging,
+    reading.LinkPaging,
+    reading.NextUrlPaging,
+    reading.ReconcileConfig,
 ]
 
 

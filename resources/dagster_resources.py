@@ -14,6 +14,7 @@ from pipelines.delivery.loading import Loader
 from pipelines.operating.backfilling import Backfiller
 from pipelines.operating.dead_letters import DeadLetters
 from pipelines.operating.pruning import Pruner
+from pipelines.reconciliation.workspace import Workspaces
 from resources.config_files import config_folder, load_source
 from resources.database import connect, database_url
 from resources.postgres_backfiller import PostgresBackfiller
@@ -21,6 +22,7 @@ from resources.postgres_dead_letters import PostgresDeadLetters
 from resources.postgres_ledger import PostgresLedger
 from resources.postgres_loader import PostgresLoader
 from resources.postgres_pruner import PostgresPruner
+from resources.postgres_workspace import PostgresWorkspaces
 from resources.source_tables import SourceTable, look_at_tables
 from resources.target_files import FileTargetCatalog
 
@@ -100,6 +102,23 @@ class PrunerResource(dg.ConfigurableResource[Pruner]):
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Pruner]:  # noqa: ARG002
         """Find the database when a step starts."""
         yield PostgresPruner(self.url or database_url())
+
+
+class WorkspacesResource(dg.ConfigurableResource[Workspaces]):
+    """Lists and findings in a Postgres database, and the tables of a configuration folder's source.yaml."""
+
+    url: str | None = Field(
+        default=None, description="By default that of DATABASE_URL; if that is unset, of the embedded server."
+    )
+    folder: str | None = Field(
+        default=None, description="Holds source.yaml. By default the one that DISTRIBUTARY_CONFIG names."
+    )
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Workspaces]:  # noqa: ARG002
+        """Find the database and read the file when a step starts."""
+        source = load_source(Path(self.folder) if self.folder else config_folder())
+        yield PostgresWorkspaces(self.url or database_url(), source)
 
 
 class SourceResource(dg.ConfigurableResource[SourceConfig]):

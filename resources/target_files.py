@@ -1,6 +1,7 @@
 """The targets of the configuration folder, behind the port of `pipelines.delivery.catalog`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import Destination, TargetCatalog, TargetMisconfigured, policy_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import compile_routes
+from pipelines.delivery.target import TargetClient
 from resources.config_files import (
     ConfigError,
     check_routes,
@@ -59,3 +61,11 @@ class FileTargetCatalog(TargetCatalog):
             # The mapping's fault, not the records': none may be buried for it.
             raise TargetMisconfigured("; ".join(problems))
         return Destination(policy=policy_of(config), routes=routes, connect=lambda: HttpTargetClient(where))
+
+    def reader(self, target: str, *, max_response_bytes: int) -> TargetClient:
+        config = self._configs[target]
+        try:
+            where = endpoint(config, resolve_secrets(config).__getitem__)
+        except ConfigError as error:
+            raise TargetMisconfigured(str(error)) from None
+        return HttpTargetClient(replace(where, max_response_bytes=max_response_bytes))

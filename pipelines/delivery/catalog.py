@@ -37,6 +37,10 @@ class TargetCatalog(ABC):
     def destination(self, target: str) -> Destination:
         """Resolve *target*'s secrets and compile its routes; raises TargetMisconfigured."""
 
+    @abstractmethod
+    def reader(self, target: str, *, max_response_bytes: int) -> TargetClient:
+        """Return a client that reads the target back, with answers of that size; raises TargetMisconfigured."""
+
     def problems(self) -> Sequence[str]:
         """Return what is wrong with the source and so concerns every target: sentences that fail a run."""
         return ()

@@ -21,6 +21,16 @@ from pydantic import (
 )
 
 from pipelines.delivery.outcome import OperationKind
+from pipelines.delivery.reading import (
+    ROW,
+    TRANSFORMED,
+    ReadConfig,
+    ReconcileConfig,
+    Shape,
+    check_fields,
+    check_record,
+    shape_of,
+)
 from pipelines.delivery.sections import ItemPath, RootPath, Seconds, Section, Statuses, refusal
 from pipelines.delivery.template import (
     Place,
@@ -316,10 +326,7 @@ class RecordSource:
     """Where in the route it is written."""
 
 
-_NOT_BUILT = {
-    "read": "reconciliation is not built yet; remove it",
-    "reconcile": "reconciliation is not built yet; remove it",
-}
+_REPAIR: Place = ("reconcile", "repair")
 _TRANSFORM = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -347,18 +354,21 @@ class RouteConfig(Section):
     on_dead: OnDead = "continue"
     """What a dead letter means for its key. `continue`: nothing. `block`: later changes become dead letters behind it,
     for as long as it is open. `supersede`: a newer accepted state closes it."""
+    read: ReadConfig | None = None
+    """How the target's records are listed, to be compared with the source's."""
+    reconcile: ReconcileConfig | None = None
+    """When they are compared, and what is repaired."""
 
     @model_validator(mode="before")
     @classmethod
-    def _is_built(cls, value: Any) -> Any:
+    def _is_not_empty(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        for key, reason in _NOT_BUILT.items():
-            if key in value:
-                raise refusal(reason, at=(key,))
-        for kind in OPERATION_KINDS:
-            if kind in value and value[kind] is None:
-                raise refusal("is empty; give it at least a 'path', or remove it", at=(kind,))
+        for key in (*OPERATION_KINDS, "read"):
+            if key in value and value[key] is None:
+                raise refusal("is empty; give it at least a 'path', or remove it", at=(key,))
+        if "reconcile" in value and value["reconcile"] is None:
+            raise refusal("is empty; give it a 'cron', or remove it", at=("reconcile",))
         return value
 
     @model_validator(mode="after")
@@ -370,6 +380,7 @@ class RouteConfig(Section):
                 self._check_operation(kind, operation)
             except TemplateError as error:
                 raise refusal(error.problem, at=error.place) from None
+        self._check_reading()
         return self
 
     def operations(self) -> Iterator[tuple[OperationKind, OperationConfig]]:
@@ -406,7 +417,32 @@ class RouteConfig(Section):
             source = self.source_of(kind, operation)
             if source.kind == "template":
                 found |= compile_record(source.value, operation.format).columns
+        if self.read is not None and self.read.record is not None:
+            found |= compile_json(self.read.record).columns
+        if self.read is not None and self.shape() is ROW:
+            found |= set(self.read.fields)
         return frozenset(found)
+
+    def compared(self) -> tuple[OperationKind, OperationConfig] | None:
+        """Return the operation whose record the target should hold: the upsert, or the update, or the insert."""
+        given: dict[OperationKind, OperationConfig] = dict(self.operations())
+        return next(((kind, given[kind]) for kind in ("upsert", "update", "insert") if kind in given), None)
+
+    def shape(self) -> Shape:
+        """Return which fields can be compared; raises TemplateError if what is sent has none."""
+        compared = self.compared()
+        assert self.read is not None
+        assert compared is not None
+        if self.read.record is not None:
+            return shape_of(self.read.record, self.read.compare, place=("read", "record"))
+        source = self.source_of(*compared)
+        if source.kind == "transform":
+            return TRANSFORMED
+        if source.kind == "row":
+            if self.read.compare.steps:
+                raise TemplateError("a row is sent as it is, and has no parts; remove it", place=("read", "compare"))
+            return ROW
+        return shape_of(source.value, self.read.compare, place=("read", "compare"))
 
     def _check_operations(self) -> None:
         kinds = [kind for kind, _ in self.operations()]
@@ -429,6 +465,42 @@ class RouteConfig(Section):
             raise refusal("there is no 'update' to turn to; add one", at=("insert", "on_conflict"))
         if self.update is not None and self.update.on_missing is not None and self.insert is None:
             raise refusal("there is no 'insert' to turn to; add one", at=("update", "on_missing"))
+
+    def _check_reading(self) -> None:
+        if self.read is None:
+            if self.reconcile is not None:
+                raise refusal("needs a 'read' that says how the target's records are listed", at=("reconcile",))
+            return
+        if self.mode == "event":
+            raise refusal(
+                "in mode 'event' the target is told what happened, and need not hold anything; remove it, or use mode "
+                "'state'",
+                at=("read",),
+            )
+        compared = self.compared()
+        if compared is None:
+            raise refusal("the route sends no records, so there are none to compare; remove it", at=("read",))
+        kind, operation = compared
+        if self.read.record is not None:
+            check_record(self.read)
+        elif self.source_of(kind, operation).kind not in ("row", "template", "transform"):
+            raise refusal(f"the {kind} sends nothing of a record but its key; add a 'record'", at=("read",))
+        elif operation.format not in ("json", "ndjson"):
+            raise refusal(
+                f"'{operation.format}' is not JSON, as the target's list is; add a 'record' that says what it shows",
+                at=("read",),
+            )
+        try:
+            check_fields(self.shape(), self.read.fields)
+        except TemplateError as error:
+            raise refusal(error.problem, at=error.place) from None
+        repair = "off" if self.reconcile is None else self.reconcile.repair
+        if repair == "stale" and not (self.upsert or self.update):
+            raise refusal("the route has no upsert or update to send them with; use missing or off", at=_REPAIR)
+        if repair == "missing" and not (self.upsert or self.insert):
+            raise refusal("the route has no upsert or insert to send them with; use stale or off", at=_REPAIR)
+        if self.reconcile is not None and self.reconcile.delete_extra and self.delete is None:
+            raise refusal("the route has no 'delete' to do it with; add one", at=("reconcile", "delete_extra"))
 
     def _check_records(self) -> None:
         if self.transform is not None and self.record is not None:

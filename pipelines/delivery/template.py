@@ -90,7 +90,7 @@ def compile_form(template: Any, *, place: Place = ()) -> Template:
     for key, value in template.items():
         here = (*place, key)
         parts.append(b"&" if parts else b"")
-        parts.append(_in_form(_literal_key(key, here)) + b"=")
+        parts.append(_in_form(literal_key(key, here)) + b"=")
         if isinstance(value, str):
             parts.extend(_text_parts(value, here, _in_form))
         elif isinstance(value, list | dict):
@@ -235,7 +235,7 @@ def _structure(
             yield b"{"
             for number, (key, value) in enumerate(template.items()):
                 here = (*place, key)
-                yield (b"," if number else b"") + _encode(_literal_key(key, here)) + b":"
+                yield (b"," if number else b"") + _encode(literal_key(key, here)) + b":"
                 yield from _structure(value, here, string_parts)
             yield b"}"
         case list():
@@ -304,7 +304,7 @@ def _hole(name: str, template: str, place: Place, *, as_text: bool) -> _Hole:
     return _Hole(name, as_text)
 
 
-def _literal_key(key: Any, place: Place) -> str:
+def literal_key(key: Any, place: Place) -> str:
     """Return a key as it is to be sent; a key is never a template."""
     if not isinstance(key, str):
         raise TemplateError(f"the key {key!r} is not text; put it in quotes", place=place)

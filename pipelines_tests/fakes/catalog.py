@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.delivery.catalog import Destination, TargetCatalog, TargetMisconfigured, policy_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import compile_routes
+from pipelines.delivery.target import TargetClient
 from pipelines_tests.fakes.target import ScriptedTarget
 
 
@@ -52,3 +53,8 @@ class FakeTargetCatalog(TargetCatalog):
         return Destination(
             policy=policy_of(config), routes=compile_routes(config), connect=self._clients[target].connect
         )
+
+    def reader(self, target: str, *, max_response_bytes: int) -> TargetClient:
+        if target in self._misconfigured:
+            raise TargetMisconfigured(self._misconfigured[target])
+        return self._clients[target].connect()

@@ -26,6 +26,7 @@ from pipelines.delivery.ledger import Conservation, Ledger, TargetLedger
 from pipelines.delivery.ops import DeliveryPlan, deliver_to_target
 from pipelines.delivery.report import DrainReport
 from pipelines.delivery.routing import compile_routes
+from pipelines.delivery.target import TargetClient
 from pipelines_tests.fakes.history import examine, versions_in
 from pipelines_tests.fakes.http_server import HttpApi, Reply, Request
 from resources.http_target import HttpTargetClient, endpoint
@@ -77,6 +78,9 @@ class OneTarget(TargetCatalog):
         return Destination(
             policy=policy_of(self._config), routes=compile_routes(self._config), connect=lambda: HttpTargetClient(at)
         )
+
+    def reader(self, target: str, *, max_response_bytes: int) -> TargetClient:
+        return HttpTargetClient(endpoint(self._config, lambda name: name))
 
 
 def append_changes(database: str, count: int = 60, *, seed: int = 1) -> None:

@@ -35,7 +35,7 @@ routes:
   customers:
     upsert: {path: /contacts}
 """
-# As in the design, without `start: snapshot`, `read` and `reconcile`, which are refused until they are built.
+# As in the design.
 DESIGN_EXAMPLE = """
 name: crm
 base_url: https://api.crm.example
@@ -56,7 +56,9 @@ routes:
     upsert: {method: POST, path: /contacts/batch/upsert, batch: {max_records: 100, body: {inputs: $records}},
              results: {items: $.results, id: id, status: status}}
     delete: {method: DELETE, path: '/contacts/${_key}'}
-"""
+    read:   {path: /contacts, items: $.results, key: id, page: {style: cursor, parameter: after, next: $.paging.next.after, size: 100, size_parameter: limit}}
+    reconcile: {cron: '0 * * * *', repair: off, delete_extra: false, max_repair_fraction: 0.05}
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -89,26 +91,9 @@ def test_the_designs_example_is_loaded(write: Write):
     operations = compile_routes(config)["customers"].operations
     assert set(operations) == {"upsert", "delete"}
     assert operations["upsert"].max_records == 100
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        (
-            "    read:   {path: /contacts, items: $.results, key: id, page: {style: cursor, size: 100}}",
-            "routes.customers.read: reconciliation is not built yet; remove it",
-        ),
-        (
-            "    reconcile: {cron: '0 * * * *', repair: off, delete_extra: false, max_repair_fraction: 0.05}",
-            "routes.customers.reconcile: reconciliation is not built yet; remove it",
-        ),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_in_the_designs_example(write: Write, line: str, problem: str):
-    text = DESIGN_EXAMPLE.replace("routes:", f"{line}\nroutes:") if line.startswith("start") else DESIGN_EXAMPLE + line
-    said = refused(write("targets/crm.yaml", text))
-    number = 1 + [text.strip() for text in text.splitlines()[1:]].index(line.strip())
-    assert said == f"conf/targets/crm.yaml:{number}: {problem}"
+    reconcile = config.routes["customers"].reconcile
+    assert reconcile is not None
+    assert (reconcile.repair, reconcile.cron) == ("off", "0 * * * *")
 
 
 def test_targets_are_sorted_by_name_and_other_files_are_left_alone(write: Write):

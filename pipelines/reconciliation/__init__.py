@@ -1,0 +1,1 @@
+"""Do the targets hold what the source holds?"""
