@@ -28,6 +28,7 @@ from pipelines.delivery.config import (
 from pipelines.delivery.outcome import OperationKind
 from pipelines.delivery.sections import JsonPath
 from pipelines.delivery.template import (
+    TOO_DEEP,
     BatchTemplate,
     RecordUnrenderable,
     Template,
@@ -415,6 +416,8 @@ def _transformed(transform: Transform, record_format: Format) -> RenderRecord:
             row = _decode_row(change.payload)
         except msgspec.DecodeError as error:
             raise RecordUnrenderable(f"the change's payload cannot be read: {error}") from None
+        except RecursionError:
+            raise RecordUnrenderable(TOO_DEEP) from None
         asked = {
             "change_id": original_id(change),
             "stream": change.stream,

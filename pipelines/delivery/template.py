@@ -18,6 +18,9 @@ from msgspec import Raw
 
 from pipelines.changes.record import ChangeRecord, original_id
 
+TOO_DEEP = "the row holds JSON that is nested too deeply to be read"
+"""Postgres takes thousands of levels, a parser some hundred; the row as it is goes through unparsed."""
+
 Place = tuple[str | int, ...]
 """Where in a file something stands: keys and list positions."""
 
@@ -411,7 +414,7 @@ def _renderer(
     values_of: Callable[[Any], tuple[Raw, ...]] = msgspec.structs.astuple
     join = b"".join
 
-    def render(change: ChangeRecord) -> bytes:
+    def fill(change: ChangeRecord) -> bytes:
         filled = skeleton.copy()  # lanes render side by side
         if decode is not None:
             try:
@@ -425,6 +428,12 @@ def _renderer(
         for position, own_field in own:
             filled[position] = own_field(change)
         return join(filled)
+
+    def render(change: ChangeRecord) -> bytes:
+        try:
+            return fill(change)
+        except RecursionError:
+            raise RecordUnrenderable(TOO_DEEP) from None
 
     return render
 
@@ -467,9 +476,11 @@ def _safe_path(render: Callable[[ChangeRecord], bytes]) -> Callable[[ChangeRecor
 def _row_as_form(change: ChangeRecord) -> bytes:
     try:
         row = msgspec.json.decode(change.payload, type=dict[str, Raw])
+        return form_of([(name, _text_of(value)) for name, value in row.items()])
     except msgspec.DecodeError as error:
         raise RecordUnrenderable(f"the change's payload cannot be read: {error}") from None
-    return form_of([(name, _text_of(value)) for name, value in row.items()])
+    except RecursionError:
+        raise RecordUnrenderable(TOO_DEEP) from None
 
 
 def form_of(fields: Sequence[tuple[str, str]]) -> bytes:

@@ -316,6 +316,12 @@ def test_a_transform_takes_the_change_and_returns_the_record():
     ]
 
 
+def test_a_row_too_deep_for_a_transform_is_the_records_fault():
+    deep = change(1, {})._replace(payload=b"[" * 5000 + b"]" * 5000)
+    with pytest.raises(RecordUnrenderable, match="nested too deeply"):
+        upsert(function=lambda told: told["row"]).render_record(deep)
+
+
 def test_a_transform_that_returns_none_filters_the_change():
     assert upsert(function=lambda _: None).render_record(change()) is None
 

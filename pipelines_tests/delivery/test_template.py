@@ -128,6 +128,16 @@ def test_a_payload_that_is_no_row_makes_the_record_unrenderable(payload: str):
         rendered("$id", payload)
 
 
+@pytest.mark.parametrize("template", ["$id", {"doc": "$doc"}, "about ${doc}", "row ${_row}"])
+def test_a_row_that_is_nested_too_deeply_makes_the_record_unrenderable(template: Any):
+    """Postgres takes it. An error of another kind would end every run at this record, and nothing after it be sent."""
+    deep = change('{"id": 1, "doc": ' + "[" * 5000 + "]" * 5000 + "}")
+    for render in (compile_json(template).render, compile_form(None).render):
+        with pytest.raises(RecordUnrenderable, match="nested too deeply"):
+            render(deep)
+    assert compile_json("$_row").render(deep) == deep.payload
+
+
 @pytest.mark.parametrize(
     ("template", "place", "problem"),
     [
