@@ -1,0 +1,115 @@
+"""Dagster's own daemon and web server, driven as the UI's pages drive them: by GraphQL."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from pipelines_tests.integration.conftest import ROOT, Deployment, free_port
+
+T = TypeVar("T")
+
+WORKSPACE = ("-w", str(ROOT / "workspace.yaml"))
+
+_LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) {
+    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
+    ... on RunConfigValidationInvalid { errors { message } } } }"""
+_BACKFILL = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
+    __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"""
+_RUNS = "query($filter: RunsFilter) { runsOrError(filter: $filter) { ... on Runs { results { runId } } } }"
+_RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status
+    assetMaterializations { assetKey { path } partition metadataEntries { label
+        ... on IntMetadataEntry { intValue } ... on TextMetadataEntry { text } } } } } }"""
+_REPOSITORY = {"repositoryLocationName": "distributary", "repositoryName": "__repository__"}
+
+
+def wait_until(found: Callable[[], T | None], what: str, log: Path, *, seconds: float = 20.0) -> T:
+    """Return what *found* returns once that is something; fails the test, with the end of *log*, if it never is."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found_now := found():
+            return found_now
+        time.sleep(0.1)
+    pytest.fail(f"{what}: not within {seconds:g} s\n{log.read_text()[-3000:]}")
+
+
+class Ui:
+    """Asks the web server as its pages do."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self._url = f"http://127.0.0.1:{port}/graphql"
+        self._log = log
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        """Return the data of the answer, None if there is no answer yet."""
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                answer = json.load(response)
+        except (urllib.error.URLError, ConnectionError):
+            return None
+        assert "errors" not in answer, answer["errors"]
+        return answer["data"]
+
+    def launch(self, job: str, run_config: Mapping[str, Any] | None = None) -> str:
+        """Launch a job, as the launchpad does, and return the run's id."""
+        selector = {**_REPOSITORY, "jobName": job}
+        return self._launched({"selector": selector, "runConfigData": dict(run_config or {})})
+
+    def materialize(self, *path: str) -> str:
+        """Materialize an asset without partitions, as its page does, and return the run's id."""
+        selector = {**_REPOSITORY, "jobName": "__ASSET_JOB", "assetSelection": [{"path": list(path)}]}
+        return self._launched({"selector": selector, "runConfigData": {}})
+
+    def _launched(self, params: Mapping[str, Any]) -> str:
+        launched = self.ask(_LAUNCH, params={"mode": "default", **params})["launchPipelineExecution"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        return str(launched["run"]["runId"])
+
+    def backfill(self, *path: str, days: Sequence[str]) -> str:
+        """Launch a backfill of an asset's days, as its page does, and return the backfill's id."""
+        params = {"assetSelection": [{"path": list(path)}], "partitionNames": list(days), "fromFailure": False}
+        launched = self.ask(_BACKFILL, params=params)["launchPartitionBackfill"]
+        assert launched["__typename"] == "LaunchBackfillSuccess", launched
+        return str(launched["backfillId"])
+
+    def run_of_backfill(self, backfill: str, *, seconds: float = 90.0) -> str:
+        """Return the id of the run by which a backfill does all its days; the daemon looks every half minute."""
+
+        def launched() -> str | None:
+            runs = self.ask(_RUNS, filter={"tags": [{"key": "dagster/backfill", "value": backfill}]})
+            found = runs["runsOrError"]["results"]
+            assert len(found) <= 1, "a backfill of one asset's days is one run"
+            return str(found[0]["runId"]) if found else None
+
+        return wait_until(launched, f"the backfill {backfill} launches a run", self._log, seconds=seconds)
+
+    def wait_for_run(self, run: str, *, seconds: float = 60.0) -> Mapping[str, Any]:
+        """Return a run once it has ended: its status and what it materialized."""
+
+        def ended() -> Mapping[str, Any] | None:
+            found: Mapping[str, Any] = self.ask(_RUN, id=run)["runOrError"]
+            return found if found.get("status") in ("SUCCESS", "FAILURE", "CANCELED") else None
+
+        return wait_until(ended, f"the run {run} ends", self._log, seconds=seconds)
+
+
+@contextmanager
+def dagster_up(deployment: Deployment) -> Iterator[tuple[Ui, Path]]:
+    """Yield the UI of a running web server and the log of a running daemon."""
+    port = free_port()
+    with ExitStack() as stack:
+        _, daemon_log = stack.enter_context(deployment.started("dagster-daemon", "run", *WORKSPACE))
+        web_server = deployment.started("dagster-webserver", "-h", "127.0.0.1", "-p", str(port), *WORKSPACE)
+        _, log = stack.enter_context(web_server)
+        ui = Ui(port, log)
+        query = "{ workspaceOrError { ... on Workspace { locationEntries { locationOrLoadError { __typename } } } } }"
+        wait_until(lambda: ui.ask(query), "the web server", log, seconds=60)
+        yield ui, daemon_log
