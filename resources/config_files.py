@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipelines.changes.config import SourceConfig
-from pipelines.delivery.config import Secret, TargetConfig
+from pipelines.changes.config import SourceConfig, TableConfig
+from pipelines.delivery.config import RouteConfig, Secret, TargetConfig
 from pipelines.delivery.routing import Transform
 from pipelines.delivery.template import Place, place_text
 
@@ -85,8 +85,27 @@ def check_routes(source: SourceConfig, targets: Mapping[str, TargetConfig]) -> N
                 "remove it here, or from 'exclude'"
                 for column in hidden
             ]
+            problems += [f"{where}.{problem}" for problem in _reading_problems(route, table)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _reading_problems(route: RouteConfig, table: TableConfig) -> Iterator[str]:
+    """Yield what a route's `read` and `reconcile` ask that its table cannot give."""
+    if route.read is None:
+        return
+    columns = table.key_columns
+    if len(route.read.key) != len(columns):
+        yield (
+            f"read.key: names {len(route.read.key)} places, but the key in source.yaml has {len(columns)} columns "
+            f"({', '.join(columns)}); give one for each, in that order"
+        )
+    if route.reconcile is not None and route.reconcile.delete_extra:
+        for column in sorted(route.delete_columns() - set(columns)):
+            yield (
+                f"reconcile.delete_extra: the 'delete' names the column '{column}', but of a record that has no row "
+                f"only the key is known ({', '.join(columns)}); remove either"
+            )
 
 
 # Secrets -------------------------------------------------------------------------------------------------------------

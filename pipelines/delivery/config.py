@@ -326,7 +326,6 @@ class RecordSource:
     """Where in the route it is written."""
 
 
-_REPAIR: Place = ("reconcile", "repair")
 _TRANSFORM = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -423,6 +422,14 @@ class RouteConfig(Section):
             found |= set(self.read.fields)
         return frozenset(found)
 
+    def delete_columns(self) -> frozenset[str]:
+        """Return the source columns that the route's `delete` names."""
+        if self.delete is None:
+            return frozenset()
+        source = self.source_of("delete", self.delete)
+        record = compile_record(source.value, self.delete.format).columns if source.kind == "template" else frozenset()
+        return compile_path(self.delete.path).columns | record
+
     def compared(self) -> tuple[OperationKind, OperationConfig] | None:
         """Return the operation whose record the target should hold: the upsert, or the update, or the insert."""
         given: dict[OperationKind, OperationConfig] = dict(self.operations())
@@ -494,13 +501,30 @@ class RouteConfig(Section):
             check_fields(self.shape(), self.read.fields)
         except TemplateError as error:
             raise refusal(error.problem, at=error.place) from None
-        repair = "off" if self.reconcile is None else self.reconcile.repair
-        if repair == "stale" and not (self.upsert or self.update):
-            raise refusal("the route has no upsert or update to send them with; use missing or off", at=_REPAIR)
-        if repair == "missing" and not (self.upsert or self.insert):
-            raise refusal("the route has no upsert or insert to send them with; use stale or off", at=_REPAIR)
-        if self.reconcile is not None and self.reconcile.delete_extra and self.delete is None:
-            raise refusal("the route has no 'delete' to do it with; add one", at=("reconcile", "delete_extra"))
+        if self.reconcile is not None:
+            self._check_repair(self.reconcile)
+
+    def _check_repair(self, reconcile: ReconcileConfig) -> None:
+        cannot = self.cannot_repair()
+        updates = self.upsert is not None or self.update is not None
+        wanted = {"off": (), "missing": ("missing",), "stale": ("stale",), "all": ("stale",) if updates else ()}
+        for kind in wanted[reconcile.repair]:
+            if kind in cannot:
+                raise refusal(f"{cannot[kind]}; mend that, or use another 'repair'", at=("reconcile", "repair"))
+        if reconcile.delete_extra and "extra" in cannot:
+            raise refusal(f"{cannot['extra']}; add one", at=("reconcile", "delete_extra"))
+
+    def cannot_repair(self) -> dict[str, str]:
+        """Say why records that are missing, stale or extra could not be put right by what the route sends."""
+        reasons: dict[str, str] = {}
+        if self.upsert is None and self.insert is None:
+            reasons["missing"] = "the route has no upsert or insert to send them with"
+        # What is sent again is a row as it is: nobody knows whether the target has the record.
+        if self.upsert is None and (self.insert is None or self.insert.on_conflict is None):
+            reasons["stale"] = "the route has no upsert, nor an insert with 'on_conflict: update', to send them with"
+        if self.delete is None:
+            reasons["extra"] = "the route has no 'delete' to do it with"
+        return reasons
 
     def _check_records(self) -> None:
         if self.transform is not None and self.record is not None:

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipelines.changes.config import SourceConfig
 from pipelines.delivery.catalog import TargetCatalog, TargetMisconfigured
 from pipelines.delivery.clock import Clock
-from pipelines.delivery.config import TargetConfig
+from pipelines.delivery.config import RouteConfig, TargetConfig
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.reading import ReconcileConfig, Repair
 from pipelines.reconciliation import report
@@ -53,9 +53,11 @@ class ReconcileRun(dg.Config):
         if self.delete_extra and self.repair not in ("", "all"):
             raise dg.Failure(f"delete_extra: goes with repair: all, not with {self.repair}.", allow_retries=False)
         if self.max_repair_fraction is not None and not 0 <= self.max_repair_fraction <= 1:
-            raise dg.Failure(f"max_repair_fraction: {self.max_repair_fraction:g} is not from 0 to 1.")
+            raise dg.Failure(
+                f"max_repair_fraction: {self.max_repair_fraction:g} is not from 0 to 1.", allow_retries=False
+            )
 
-    def limits(self, settings: ReconcileConfig) -> Limits:
+    def limits(self, settings: ReconcileConfig, route: RouteConfig) -> Limits:
         """Return a route's limits, with what is set here in their place."""
         chosen: Repair | None = next((one for one in get_args(Repair) if one == self.repair), None)
         return Limits.of(
@@ -65,6 +67,7 @@ class ReconcileRun(dg.Config):
             max_repair_fraction=self.max_repair_fraction,
             trust_listing=self.trust_listing,
             dry_run=self.dry_run,
+            cannot=route.cannot_repair(),
         )
 
 
@@ -180,7 +183,7 @@ def _reconciled(
                         workspace=workspace,
                         reader=reader_of(target, client, clock, bucket),
                         meaning=meaning_of(target, stream, source.tables[stream], loaded=workspace.loaded()),
-                        limits=config.limits(subject.settings),
+                        limits=config.limits(subject.settings, target.routes[stream]),
                         now=clock.now(),
                         say=context.log.info,
                     ).run()

@@ -1,5 +1,6 @@
 """Whether a list is believed, and what it calls for repaired. A list that was cut short must cost nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,8 @@ class Limits:
     trust_listing: bool = False
     """The list is as short as it seems: a person says so."""
     dry_run: bool = False
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    """What the route could not put right, and why."""
 
     @classmethod
     def of(
@@ -30,6 +33,7 @@ class Limits:
         max_repair_fraction: float | None = None,
         trust_listing: bool = False,
         dry_run: bool = False,
+        cannot: Mapping[str, str] | None = None,
     ) -> "Limits":
         """Return the route's limits, with what a run sets in their place."""
         return cls(
@@ -39,6 +43,7 @@ class Limits:
             min_listed_fraction=settings.min_listed_fraction,
             trust_listing=trust_listing,
             dry_run=dry_run,
+            cannot=cannot or {},
         )
 
     @property
@@ -50,7 +55,8 @@ class Limits:
             "stale": ("stale",),
             "all": ("missing", "stale"),
         }
-        return chosen[self.repair] + (("extra",) if self.delete_extra and self.repair == "all" else ())
+        deletes: tuple[Repaired, ...] = ("extra",) if self.delete_extra and self.repair == "all" else ()
+        return tuple(kind for kind in chosen[self.repair] + deletes if kind not in self.cannot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,8 @@ class Guard:
     """How many records of each kind are to be repaired, whether they are now or not."""
     refused: str | None = None
     """Why nothing is."""
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    """What the route could not put right, and why."""
 
 
 def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int, extra: int, confirmed: bool) -> Guard:
@@ -74,11 +82,12 @@ def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int,
     would = {kind: found[kind] for kind in limits.kinds if found[kind]}
     count = sum(would.values())
     if not count:
-        return Guard(believed=believed)
+        return Guard(believed=believed, cannot=limits.cannot)
     if not believed:
         return Guard(
             believed=False,
             would=would,
+            cannot=limits.cannot,
             refused=f"the list has {listed:,} of {source:,} records and is not believed, so nothing is repaired",
         )
     records = max(source, listed)
@@ -88,10 +97,11 @@ def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int,
         return Guard(
             believed=True,
             would=would,
+            cannot=limits.cannot,
             refused=f"{count:,} of {records:,} records would be repaired, more than max_repair_fraction "
             f"({limits.max_repair_fraction:g}) allows ({most:,}), so none is; if that is right, launch this again with "
             "a higher max_repair_fraction",
         )
     if limits.dry_run:
-        return Guard(believed=True, would=would, refused="dry_run: nothing is repaired")
-    return Guard(believed=True, would=would, kinds=tuple(would))
+        return Guard(believed=True, would=would, cannot=limits.cannot, refused="dry_run: nothing is repaired")
+    return Guard(believed=True, would=would, cannot=limits.cannot, kinds=tuple(would))

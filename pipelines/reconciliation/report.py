@@ -159,6 +159,8 @@ def _advice(outcome: Outcome, kind: Repaired, otherwise: str) -> str:
         return _OWN_REPAIR
     if kind in outcome.guard.would and outcome.guard.refused:
         return outcome.guard.refused
+    if kind in outcome.guard.cannot:
+        return f"this cannot be repaired from here: {outcome.guard.cannot[kind]}"
     return otherwise
 
 

@@ -413,3 +413,38 @@ def test_a_module_that_fails_is_the_users_mistake(write: Write, module: Path):
     module.write_text("1 / 0\n")
     message = refused(write("targets/crm.yaml", with_transform("our_mapping:contact")))
     assert "cannot be imported: ZeroDivisionError" in message
+
+
+READING = """
+name: crm
+base_url: https://api.crm.example
+routes:
+  customers:
+    upsert: {path: /contacts}
+    delete: {path: '/contacts/${%s}'}
+    read: {path: /contacts, key: %s}
+    reconcile: {repair: all, delete_extra: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "deletes", "reads", "problem"),
+    [
+        ("id", "id", "id", None),
+        ("[region, id]", "id", "[region, id]", None),
+        ("[region, id]", "id", "id", "read.key: names 1 places, but the key in source.yaml has 2 columns (region, id)"),
+        ("id", "id", "[a, b]", "read.key: names 2 places, but the key in source.yaml has 1 columns (id)"),
+        ("id", "email", "id", "reconcile.delete_extra: the 'delete' names the column 'email', but of a record"),
+    ],
+)
+def test_what_is_read_fits_the_key(write: Write, key: str, deletes: str, reads: str, problem: str | None):
+    write("source.yaml", f"tables:\n  customers: {{key: {key}}}\n")
+    folder = write("targets/crm.yaml", READING % (deletes, reads))
+
+    def check(_: Path) -> None:
+        check_routes(load_source(folder), load_targets(folder))
+
+    if problem is None:
+        check(folder)
+    else:
+        assert refused(folder, check).startswith(f"conf/targets/crm.yaml: routes.customers.{problem}")
