@@ -39,7 +39,7 @@ def sync_assets(configs: Iterable[TargetConfig]) -> list[dg.AssetsDefinition]:
 
 def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.AssetsDefinition:
     target, mode = config.name, route.mode
-    again = "what its keys hold now" if mode == "state" else "the changes themselves, under their own keys"
+    again = "what its keys hold now" if mode == "state" else "the changes themselves, in order"
 
     @dg.asset(
         key=[target, stream],
@@ -59,6 +59,11 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
         loader: dg.ResourceParam[Loader],
         backfiller: dg.ResourceParam[Backfiller],
     ) -> dg.MaterializeResult[None]:
+        if config.status != "active":
+            raise dg.Failure(
+                f"{target}: its file has status: {config.status}, so nothing is appended or sent; set status: active.",
+                allow_retries=False,
+            )
         since, until = context.partition_time_window
         missing = _missing(context, backfiller, since)
         appended = _append_again(

@@ -18,7 +18,7 @@ class Backfill:
     target: str
     stream: str
     mode: Mode
-    """`state`: what the source holds now of the keys that changed then. `event`: the changes, under their own keys."""
+    """`state`: what the source holds now of the keys that changed then. `event`: the changes themselves."""
     since: datetime
     until: datetime
     """Made before this, and not before `since`."""

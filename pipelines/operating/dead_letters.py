@@ -43,7 +43,7 @@ class Redrive:
     target: str
     stream: str
     mode: Mode
-    """`state`: what the source holds of their keys now. `event`: the changes themselves, under their own keys."""
+    """`state`: what the source holds of their keys now. `event`: the changes themselves."""
     whole_keys: bool
     """With a key's selected dead letters all that are open of it: where a key is blocked they go in order, or not."""
 

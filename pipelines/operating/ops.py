@@ -123,6 +123,9 @@ def load_rows(
     names = _known(config.targets, targets, at="ops.load_rows.config.targets")
     targets.owed(ledger)  # makes known those that are new
     chosen = [configs[name] for name in names if configs[name].status == "active"]
+    for name in names:
+        if configs[name].status != "active":
+            print(f"{name}  left alone: its file has status: {configs[name].status}", flush=True)
     routes = [(one.name, stream) for one in chosen for stream in one.routes if stream in (config.streams or one.routes)]
     problems: list[str] = []
     total = 0

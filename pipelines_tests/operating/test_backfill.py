@@ -28,12 +28,12 @@ FIRST = date(2026, 3, 1)
 class World:
     """A source with people, a target that takes them, and Dagster in one process."""
 
-    def __init__(self, url: str, connection: psycopg.Connection, *, mode: str) -> None:
+    def __init__(self, url: str, connection: psycopg.Connection, *, mode: str, **target: Any) -> None:
         self.connection, self.url = connection, url
         self.status = 200
         self.target = ScriptedTarget(lambda _: self.status)
         routes = {"people": {"mode": mode, "upsert": {"path": "/people"}, "delete": {"path": "/people/${_key}"}}}
-        config = target_config("crm", routes=routes)
+        config = target_config("crm", routes=routes, **target)
         (self.asset,) = sync_assets([config])
         self.resources: dict[str, Any] = {
             "ledger": PostgresLedger(url),
@@ -180,6 +180,23 @@ def test_a_target_that_was_never_delivered_to_is_named(database: str, connection
     done, sent = world.materialize(0, 0)
 
     assert (done.success, sent) == (False, [])
+
+
+@pytest.mark.parametrize("status", ["paused", "disabled"])
+def test_a_target_whose_file_says_to_leave_it_alone_is_left_alone(
+    database: str, connection: psycopg.Connection, status: str
+):
+    """Nothing is appended either: it would all go out at once, and without being asked for, when it is active again."""
+    World(database, connection, mode="state").deliver()
+    world = World(database, connection, mode="state", status=status)
+    world.write("1", "Ada", day=0)
+
+    done, sent = world.materialize(0, 0)
+
+    assert (done.success, sent) == (False, [])
+    (failure,) = [event for event in done.all_events if event.event_type_value == "STEP_FAILURE"]
+    assert f"crm: its file has status: {status}, so nothing is appended or sent" in str(failure.event_specific_data)
+    assert connection.execute("select count(*) from distributary.change_log where target is not null").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("mode", ["state", "event"])

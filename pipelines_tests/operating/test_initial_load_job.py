@@ -100,6 +100,15 @@ def test_a_load_that_was_interrupted_is_finished_by_the_next_delivery(world: Wor
     assert world.delivered("email") == 30
 
 
+def test_a_target_whose_file_says_to_leave_it_alone_is_named(world: World, said: Callable[[], list[str]]) -> None:
+    configs = [target_config("crm", start="now", status="paused"), target_config("email", start="now")]
+    world.resources["targets"] = FakeTargetCatalog(configs)
+
+    world.load()
+
+    assert said() == ["crm  left alone: its file has status: paused", "email/people  30 rows appended"]
+
+
 def test_a_target_that_is_not_there_is_named(world: World) -> None:
     result = world.load(targets=["crn"])
 
