@@ -1,7 +1,8 @@
 """One target's delivery loop: claim a window, send it on all lanes, settle what came back, and again.
 
 The loop's own thread is the only one that touches the ledger; each lane is a thread with a client of its own. The
-window slides: new batches are claimed while earlier ones are still out, so no lane waits for the slowest.
+window slides: new batches are claimed while earlier ones are still out, so no lane waits for the slowest. A key that is
+in flight has one lane; as soon as it is not, its next change may take another.
 
 A batch that was set aside before is a *suspect*: it, and not the target, may be what is wrong. If the target was left
 unwell, others are sent first, so that a suspect does not stand for it; if it was left well, a suspect is tried once.
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from queue import Empty, SimpleQueue
 
 from pipelines.changes.record import ChangeRecord
@@ -23,7 +25,7 @@ from pipelines.delivery.holding import Key, KeyHolds, key_of
 from pipelines.delivery.judging import JudgingRules
 from pipelines.delivery.ledger import Claim, Leftover, Settlement, TargetLedger, TargetState
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, LeftoverPlan, claim_of, plan_leftover, plan_window
+from pipelines.delivery.planning import Batch, Lanes, LeftoverPlan, claim_of, plan_leftover, plan_window
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.report import DrainReport, End, Recorder
 from pipelines.delivery.routing import Route, RouteOperation
@@ -151,9 +153,11 @@ class _Work:
     """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
     bytes: int = field(init=False)
     """By which it counts towards the window."""
+    keys: Sequence[Key] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bytes", sum([len(change.payload) for change in self.batch.changes]))
+        object.__setattr__(self, "keys", [key_of(change) for change in self.batch.changes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +250,8 @@ class _Loop:
         )
         self._results: SimpleQueue[object] = SimpleQueue()
         self._lanes: list[_Lane] = []
+        self._batch_of_key: dict[Key, Batch] = {}  # of those in flight, the last with each key
+        self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
         self._outstanding = 0
@@ -310,7 +316,8 @@ class _Loop:
         lane_of_key: dict[Key, int] = {}
         for left, plan in plans:
             if self._lanes_differ(left, lane_of_key):
-                # They were claimed by runs with other numbers of lanes: a key's batches must not go side by side.
+                # Claimed when the one or the other was not in flight, or by runs with other numbers of lanes: a key's
+                # batches must not go side by side.
                 self._finish_outstanding()
                 lane_of_key.clear()
             lane_of_key.update(dict.fromkeys(map(key_of, left.changes), left.lane % self._policy.max_in_flight))
@@ -430,7 +437,7 @@ class _Loop:
             log_id=self._log_id,
             target=self._policy.target,
             routes=self._routes,
-            lanes=self._policy.max_in_flight,
+            lanes=Lanes(batch_of_key=self._batch_of_key, records=self._records_of_lane),
             max_records_of=self._max_records_of,
             blocked_keys=self._blocked(pending.records),
         )
@@ -461,7 +468,10 @@ class _Loop:
         self._outstanding += 1
         self._outstanding_records += len(work.batch.changes)
         self._outstanding_bytes += work.bytes
-        self._lanes[work.batch.lane % len(self._lanes)].work.put(work)
+        self._batch_of_key.update(zip(work.keys, repeat(work.batch)))
+        number = work.batch.lane % len(self._lanes)
+        self._records_of_lane[number] += len(work.batch.changes)
+        self._lanes[number].work.put(work)
 
     def _dispatch_leftover(self, left: Leftover, plan: LeftoverPlan) -> None:
         if plan.dead or plan.filtered:
@@ -548,6 +558,10 @@ class _Loop:
         self._outstanding -= 1
         self._outstanding_records -= len(batch.changes)
         self._outstanding_bytes -= work.bytes
+        self._records_of_lane[batch.lane % len(self._lanes)] -= len(batch.changes)
+        for key in work.keys:
+            if self._batch_of_key.get(key) is batch:
+                del self._batch_of_key[key]
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:

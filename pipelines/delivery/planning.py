@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from uuid import UUID
-from zlib import crc32
 
 from pipelines.changes.record import ChangeRecord, Operation
 from pipelines.delivery.holding import Key, key_of
@@ -71,13 +70,14 @@ def claim_of(batch: Batch, *, log_id: UUID, target: str) -> Claim:
     )
 
 
-def lane_of(stream: str, key: str, *, lanes: int) -> int:
-    """Return the lane of a key: always the same one, so its changes are sent one after another."""
-    return crc32(key.encode(), _crc_of_stream(stream)) % lanes
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """What a target's lanes are at, as far as the plan for more must know."""
 
-
-def _crc_of_stream(stream: str) -> int:
-    return crc32(stream.encode())
+    batch_of_key: Mapping[Key, Batch] = field(default_factory=dict)
+    """For each key that is in flight, the last batch with it."""
+    records: Sequence[int] = (0,)
+    """For each lane, how many records it has before it."""
 
 
 def plan_window(
@@ -86,11 +86,14 @@ def plan_window(
     log_id: UUID,
     target: str,
     routes: Mapping[str, Route],
-    lanes: int,
+    lanes: Lanes,
     max_records_of: Callable[[Route, RouteOperation], int],
     blocked_keys: Mapping[Key, int] = MappingProxyType({}),
 ) -> Plan:
     """Coalesce, filter, render and batch *pending* for *target*.
+
+    A key that is in flight keeps its lane, so that its changes go one after another. All else goes in the order of the
+    ids, each batch to the lane with the least before it: what the ledger then has to note is a range, or a few.
 
     In mode `state` only the last change of a key is sent and the earlier ones are superseded (but for a deletion, on a
     route that cannot update, of a record that was made anew). A batch closes at `max_records_of` its operation or at
@@ -100,7 +103,7 @@ def plan_window(
     superseded: list[ChangeRecord] = []
     dead: list[DeadRecord] = []
     blocks = dict(blocked_keys)
-    batcher = _Batcher(lanes=lanes, max_records_of=max_records_of)
+    batcher = _Batcher(lanes, max_records_of=max_records_of)
     ways: dict[tuple[str, Operation, Operation], _Way] = {}
     for first, change in _coalesce(pending.records, routes, filtered, superseded):
         which = (change.stream, first, change.operation)
@@ -237,20 +240,22 @@ def _coalesce(
     return list(latest.values())
 
 
+_Kind = tuple[str, OperationKind | None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """How changes of one stream and kind go, looked up once for all of a window."""
 
     route: Route
     operation: RouteOperation | None
-    kind: tuple[str, OperationKind | None]
+    kind: _Kind
     keyed: bool
     """A key may be in the window more than once."""
     judged_alone: bool
     """Items are judged one by one."""
     max_records: int
     max_bytes: int
-    stream_crc: int
 
 
 @dataclass(slots=True)
@@ -272,12 +277,14 @@ class _Batcher:
     earlier change of its key waits in another open one: else all open ones of the lane are closed first.
     """
 
-    def __init__(self, *, lanes: int, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
-        self._lanes = lanes
+    def __init__(self, lanes: Lanes, *, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
+        self._in_flight = lanes.batch_of_key
+        self._records = list(lanes.records)
         self._max_records_of = max_records_of
-        self._open: list[dict[tuple[str, OperationKind | None], _Open]] = [{} for _ in range(lanes)]
+        self._open: list[dict[_Kind, _Open]] = [{} for _ in lanes.records]
+        self._filling: dict[_Kind, int] = {}  # the lane whose open batch takes what may go anywhere
         self._closed: list[Batch] = []
-        self._batch_of_key: dict[tuple[str, str], _Open] = {}
+        self._batch_of_key: dict[Key, _Open] = {}
 
     def way(self, route: Route, first: Operation, last: Operation) -> _Way:
         operation = route.operation_for(first, last)
@@ -289,19 +296,17 @@ class _Batcher:
             judged_alone=operation is not None and operation.results is not None,
             max_records=0 if operation is None else self._max_records_of(route, operation),
             max_bytes=0 if operation is None else operation.max_bytes,
-            stream_crc=_crc_of_stream(route.stream),
         )
 
     def add(self, way: _Way, change: ChangeRecord, fragment: bytes) -> None:
-        lane = crc32(change.key.encode(), way.stream_crc) % self._lanes
+        key = (change.stream, change.key)
+        earlier = self._batch_of_key.get(key) if way.keyed else None
+        lane = self._lane_of(way, key) if earlier is None else earlier.lane
         batch = self._open[lane].get(way.kind)
-        if way.keyed:
-            identity = (change.stream, change.key)
-            earlier = self._batch_of_key.get(identity)
-            if earlier is not None and not earlier.closed and (earlier is not batch or way.judged_alone):
-                # Where items are judged one by one, a second change of the key could be accepted and the first not.
-                self._close_lane(lane)
-                batch = None
+        if earlier is not None and not earlier.closed and (earlier is not batch or way.judged_alone):
+            # Where items are judged one by one, a second change of the key could be accepted and the first not.
+            self._close_lane(lane)
+            batch = None
         if batch is not None and batch.size + len(fragment) > way.max_bytes:
             self._close_batch(batch)
             batch = None
@@ -312,12 +317,21 @@ class _Batcher:
         batch.fragments.append(fragment)
         batch.size += len(fragment) + 1
         if way.keyed:
-            self._batch_of_key[(change.stream, change.key)] = batch
+            self._batch_of_key[key] = batch
         if len(batch.changes) >= way.max_records:
             self._close_batch(batch)
 
+    def _lane_of(self, way: _Way, key: Key) -> int:
+        before = self._in_flight.get(key)
+        if before is not None:
+            return before.lane % len(self._open)  # of a leftover, there may have been more lanes once
+        lane = self._filling.get(way.kind)
+        if lane is None:
+            lane = self._filling[way.kind] = self._records.index(min(self._records))
+        return lane
+
     def close(self) -> list[Batch]:
-        for lane in range(self._lanes):
+        for lane in range(len(self._open)):
             self._close_lane(lane)
         return self._closed
 
@@ -328,6 +342,9 @@ class _Batcher:
     def _close_batch(self, batch: _Open) -> None:
         batch.closed = True
         del self._open[batch.lane][batch.way.kind]
+        if self._filling.get(batch.way.kind) == batch.lane:
+            del self._filling[batch.way.kind]
+        self._records[batch.lane] += len(batch.changes)
         assert batch.way.operation is not None
         self._closed.append(
             Batch(

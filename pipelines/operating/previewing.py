@@ -12,7 +12,7 @@ from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.drain import DrainPolicy
 from pipelines.delivery.ledger import PendingWindow, Upcoming
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, plan_leftover, plan_window
+from pipelines.delivery.planning import Batch, Lanes, plan_leftover, plan_window
 from pipelines.delivery.routing import Route
 from pipelines.delivery.template import RecordUnrenderable
 
@@ -71,7 +71,7 @@ def preview(
         log_id=upcoming.log_id,
         target=policy.target,
         routes=routes,
-        lanes=policy.max_in_flight,
+        lanes=Lanes(records=[0] * policy.max_in_flight),
         max_records_of=lambda _, operation: operation.max_records,
         blocked_keys=blocks,
     )

@@ -10,7 +10,7 @@ from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, drain
 from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import plan_window
+from pipelines.delivery.planning import Lanes, plan_window
 from pipelines.delivery.report import DrainReport
 from pipelines.delivery.routing import Route
 from pipelines_tests.fakes.clock import FakeClock
@@ -181,7 +181,7 @@ def test_leftovers_of_a_blocked_key_are_blocked_too() -> None:
         assert target_ledger is not None
         window = target_ledger.pending(max_records=10, max_bytes=1000)
         plan = plan_window(
-            window, log_id=LOG_ID, target="api", routes=routes("block"), lanes=1, max_records_of=lambda *_: 1
+            window, log_id=LOG_ID, target="api", routes=routes("block"), lanes=Lanes(), max_records_of=lambda *_: 1
         )
         first, _ = target_ledger.claim(plan.window)
         dead = DeadRecord(change=window.records[0], reason="answered 422")

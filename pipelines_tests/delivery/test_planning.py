@@ -1,7 +1,7 @@
 """A window becomes batches: nothing is lost or sent twice, and no key is ever out of order."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipelines.changes.record import ChangeRecord, Operation
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Leftover, PendingWindow
-from pipelines.delivery.planning import LeftoverPlan, Plan, lane_of, plan_leftover, plan_window
+from pipelines.delivery.planning import Batch, Lanes, LeftoverPlan, Plan, plan_leftover, plan_window
 from pipelines.delivery.routing import Route
 from pipelines_tests.fakes.ledger import LOG_ID
 from pipelines_tests.fakes.target import change, routes_of
@@ -29,7 +29,7 @@ def planned(
     records: Iterable[ChangeRecord],
     routes: Mapping[str, Route],
     *,
-    lanes: int = 1,
+    lanes: int | Lanes = 1,
     at_most: int | None = None,
     decided_up_to: int | None = None,
 ) -> Plan:
@@ -38,7 +38,7 @@ def planned(
         log_id=LOG_ID,
         target="api",
         routes=routes,
-        lanes=lanes,
+        lanes=lanes if isinstance(lanes, Lanes) else Lanes(records=[0] * lanes),
         max_records_of=lambda _, operation: min(operation.max_records, at_most or operation.max_records),
     )
 
@@ -252,17 +252,57 @@ def test_an_insert_between_updates_is_not_passed_over_where_nothing_updates(oper
 # Lanes ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lane_is_pinned_across_processes_and_releases() -> None:
-    assert [lane_of("customers", key, lanes=8) for key in ("a", "b", "c", "42")] == [3, 1, 7, 7]
+def lanes_of(plan: Plan) -> list[tuple[int, list[int]]]:
+    return [(batch.lane, ids(batch.changes)) for batch in plan.batches]
 
 
-def test_keys_spread_over_the_lanes() -> None:
-    counts: dict[int, int] = defaultdict(int)
-    for number in range(8000):
-        counts[lane_of("customers", str(number), lanes=8)] += 1
+def in_flight(lane: int, *keys: str, stream: str = "customers") -> dict[tuple[str, str], Batch]:
+    """Return keys in flight in one batch on *lane*."""
+    (batch,) = planned([change(1)], UPSERTS).batches
+    return dict.fromkeys([(stream, key) for key in keys], replace(batch, lane=lane))
 
-    assert len(counts) == 8
-    assert min(counts.values()) > 800
+
+def test_what_is_not_in_flight_goes_in_order_to_the_lane_with_the_least_before_it() -> None:
+    lanes = Lanes(records=[5, 0, 4])
+    plan = planned([change(i) for i in range(1, 15)], UPSERTS, lanes=lanes)
+
+    assert sorted(lanes_of(plan), key=lambda batch: batch[1]) == [
+        (1, [1, 2, 3]),
+        (1, [4, 5, 6]),
+        (2, [7, 8, 9]),
+        (0, [10, 11, 12]),
+        (1, [13, 14]),
+    ]
+
+
+def test_a_key_in_flight_keeps_its_lane_however_much_that_has_before_it() -> None:
+    """On another it could overtake the change before it."""
+    lanes = Lanes(batch_of_key=in_flight(1, "b", "d"), records=[0, 1000, 0])
+    plan = planned([change(i, key) for i, key in enumerate("abcdef", 1)], UPSERTS, lanes=lanes)
+
+    assert sorted(lanes_of(plan)) == [(0, [1, 3, 5]), (1, [2, 4]), (2, [6])]
+
+
+def test_a_key_of_another_stream_is_another_key() -> None:
+    lanes = Lanes(batch_of_key=in_flight(1, "a", stream="orders"), records=[0, 0])
+
+    assert lanes_of(planned([change(1, "a")], UPSERTS, lanes=lanes)) == [(0, [1])]
+
+
+def test_a_leftover_of_more_lanes_than_there_are_now_has_one_of_these() -> None:
+    lanes = Lanes(batch_of_key=in_flight(7, "a"), records=[0, 0, 0])
+
+    assert lanes_of(planned([change(1, "a")], UPSERTS, lanes=lanes)) == [(7 % 3, [1])]
+
+
+def test_the_events_of_a_key_are_on_one_lane_and_leave_the_others_to_the_rest() -> None:
+    records = [change(i, "hot" if i % 2 else str(i)) for i in range(1, 13)]
+    plan = planned(records, EVENTS, lanes=2)
+
+    of_key = {one.key: {b.lane for b in plan.batches if one in b.changes} for one in records}
+    assert len({b.lane for b in plan.batches if any(one.key == "hot" for one in b.changes)}) == 1
+    assert all(len(lanes) == 1 for lanes in of_key.values())
+    assert {batch.lane for batch in plan.batches} == {0, 1}
 
 
 # Against a naive reference --------------------------------------------------------------------------------------------
@@ -336,11 +376,20 @@ def _naive_owed(records: Sequence[ChangeRecord], routes: Mapping[str, Route]) ->
 
 @pytest.mark.parametrize("routes", _COMPILED)
 @settings(max_examples=60)
-@given(history=_histories, lanes=st.integers(1, 4), at_most=st.sampled_from([None, 1, 2]))
+@given(
+    history=_histories,
+    loads=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    flying=st.dictionaries(st.sampled_from("abcde"), st.integers(0, 3)),
+    at_most=st.sampled_from([None, 1, 2]),
+)
 def test_a_plan_is_whole_ordered_and_within_its_bounds(
-    routes: dict[str, Route], history: Any, lanes: int, at_most: int | None
+    routes: dict[str, Route], history: Any, loads: list[int], flying: dict[str, int], at_most: int | None
 ) -> None:
     records = _records(history)
+    lanes = Lanes(
+        batch_of_key={key: batch for name, lane in flying.items() for key, batch in in_flight(lane, name).items()},
+        records=loads,
+    )
     plan = planned(records, routes, lanes=lanes, at_most=at_most)
     window = plan.window
 
@@ -367,7 +416,8 @@ def test_a_plan_is_whole_ordered_and_within_its_bounds(
         assert batch.operation.results is None or len(set(keys)) == len(keys)
         for one, fragment in zip(batch.changes, batch.fragments, strict=True):
             assert one.stream == batch.route.stream
-            assert batch.lane == lane_of(one.stream, one.key, lanes=lanes)
+            if one.stream == "customers" and one.key in flying:
+                assert batch.lane == flying[one.key] % len(loads)
             assert fragment == batch.operation.render_record(one)
             # A lane sends its batches one after another: so a key's changes leave in the order of their ids.
             lane, change_id = last_sent.get((one.stream, one.key), (batch.lane, 0))
