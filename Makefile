@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
-.PHONY: demo dev test check soak bench-throughput bench-isolation bench-backlog bench-growth env clean
+.PHONY: demo dev test check soak bench-throughput bench-isolation bench-backlog bench-growth bench-peers env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -34,6 +34,9 @@ bench-backlog: $(READY)  ## does a drain's memory grow with a backlog of a milli
 
 bench-growth: $(READY)  ## what do ten million settled changes cost, and what does a trigger?
 	$(BIN)/python -m benchmarks.growth
+
+bench-peers: $(READY)  ## what do others make of the same work? They are installed into .data/peers/
+	$(BIN)/python -m benchmarks.peers
 
 env: $(READY)  ## the environment alone
 

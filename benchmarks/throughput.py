@@ -50,7 +50,7 @@ class Measured:
     database_cpu: float
     receiver_cpu: float
     peak_bytes: int
-    """Of the largest of the sender's processes."""
+    """Of the largest of the sender's processes; of a peer's, all together."""
     verdicts: Mapping[str, Mapping[str, int]] = field(repr=False)
 
     @property
@@ -162,7 +162,7 @@ def measure_job(server_url: str, workload: Workload, *, folder: Path = FOLDER, n
                 sender="distributary, by delivery_job",
                 workload=workload,
                 seconds=seconds,
-                sending_seconds=_sending(found),
+                sending_seconds=sending_seconds(found),
                 sender_cpu=0.0,  # what its forked steps use is nobody's to read once they are gone
                 database_cpu=used(),
                 receiver_cpu=found["cpu_seconds"] - at_receiver["cpu_seconds"],
@@ -192,7 +192,7 @@ def receiver(folder: Path, *, latency: float = 0.0, refuse: int = 0, lose_answer
         yield f"http://127.0.0.1:{port}"
 
 
-def _sending(found: Any) -> float:
+def sending_seconds(found: Any) -> float:
     """Return the seconds from the first request of all to the last answer."""
     targets = found["targets"].values()
     return float(max(one["last_at"] for one in targets) - min(one["first_at"] for one in targets))
@@ -222,22 +222,23 @@ def refuse_unless_delivered(measured: Measured) -> None:
 
 @contextmanager
 def database_cpu(database_url: str) -> Iterator[Callable[[], float]]:
-    """Yield what returns the CPU seconds that the server's living processes, but for this session's, used since."""
+    """Yield what returns the CPU seconds that the server's processes, but for this session's, used since."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         own = connection.info.backend_pid
         postmaster = psutil.Process(own).parent()
         assert postmaster is not None
 
-        def times() -> dict[int, float]:
-            found = {}
+        def total() -> float:
+            ended = postmaster.cpu_times()
+            found: float = ended.children_user + ended.children_system
             for process in [postmaster, *postmaster.children()]:
-                with suppress(psutil.Error):  # it ended while we looked
+                with suppress(psutil.Error):  # it ended while we looked: the postmaster has its time
                     used = process.cpu_times()
-                    found[process.pid] = used.user + used.system
-            return {pid: seconds for pid, seconds in found.items() if pid != own}
+                    found += (used.user + used.system) * (process.pid != own)
+            return found
 
-        before = times()
-        yield lambda: sum(seconds - before.get(pid, 0.0) for pid, seconds in times().items())
+        before = total()
+        yield lambda: total() - before
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def _drain(database_url: str, url: str, workload: Workload) -> Measured:
         sender="distributary",
         workload=workload,
         seconds=max(one["ended"] for one in found) - min(one["started"] for one in found),
-        sending_seconds=_sending(at_receiver),
+        sending_seconds=sending_seconds(at_receiver),
         sender_cpu=sum(one["cpu_seconds"] for one in found),
         database_cpu=cpu_of_database,
         receiver_cpu=at_receiver["cpu_seconds"] - before,

@@ -1,0 +1,74 @@
+"""What others make of the same work. `python -m benchmarks.peers` measures ours and theirs, one after the other.
+
+Every sender reads the same change log from the same Postgres and delivers it to the same receiver, which examines what
+came. The peers lie beside this file, one each, with what they need in requirements.txt.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers import roster, speed
+from benchmarks.peers.running import senders
+from benchmarks.throughput import FOLDER, Measured, NotDelivered, as_json
+from benchmarks.workload import Workload
+from demo.processes import ProgramFailed
+from soak.deployment import server
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write the numbers; returns 0."""
+    modules = [peer.module for peer in roster.PEERS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--changes", type=int, default=Workload().changes)
+    parser.add_argument("--rounds", type=int, default=1, help="of each case; the fastest round counts, for everybody")
+    parser.add_argument("--only", nargs="+", default=modules, choices=modules, metavar="PEER", help=", ".join(modules))
+    parser.add_argument("--json", type=Path, default=FOLDER / "peers.json", help="where the numbers go")
+    chosen = parser.parse_args(arguments)
+    peers = [peer for peer in roster.PEERS if peer.module in chosen.only]
+    missing = roster.environment(peers)
+    for module, reason in missing.items():
+        print(f"{module} is left out: {reason}")
+    peers = [peer for peer in peers if peer.module not in missing]
+    works = [
+        Workload(changes=chosen.changes, targets=targets, latency=latency)
+        for targets, latency in ((2, 0.0), (2, 0.05), (8, 0.05))
+    ]
+    rows = []
+    with server() as server_url:
+        for sender in senders(peers):
+            row: list[Measured] = []
+            try:
+                for work in works:
+                    rounds = [
+                        speed.measure(sender, server_url, work, folder=FOLDER / "peers") for _ in range(chosen.rounds)
+                    ]
+                    row.append(min(rounds, key=lambda one: one.seconds))
+                    print(f"{sender.name}: {_told(row[-1])}", flush=True)
+            except (NotDelivered, ProgramFailed) as problem:
+                missing = {**missing, sender.name: str(problem)}
+                print(f"{sender.name} is left out: {problem}", flush=True)
+            else:
+                rows.append(row)
+    print(speed.table(rows))
+    chosen.json.parent.mkdir(parents=True, exist_ok=True)
+    found = {"speed": [as_json(one) for row in rows for one in row], "left_out": missing}
+    chosen.json.write_text(json.dumps(found, indent=1))
+    print(f"Every number is in {chosen.json}.")
+    return 0
+
+
+def _told(one: Measured) -> str:
+    work = one.workload
+    return f"{work.targets} targets, {work.latency * 1000:g} ms: {one.per_second:,.0f} records/s"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ProgramFailed, NotDelivered) as problem:
+        sys.exit(str(problem))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; nothing is left running.")
