@@ -20,7 +20,7 @@ from pipelines.delivery.config import (
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
 from resources.http_direct import DirectConnection, Reply
-from resources.http_wire import Wire, open_client, read_body
+from resources.http_wire import Wire, headers_as_sent, open_client, read_body
 from resources.oauth import Token, TokenEndpoint, TokenSource
 from resources.redaction import redact, redact_text, spellings
 
@@ -198,7 +198,7 @@ class HttpTargetClient(TargetClient):
         headers = headers | {"Idempotency-Key": key}
         with self._client.stream(method, self._endpoint.base_url + path, content=body, headers=headers) as response:
             said, truncated = read_body(response, limit=limit)
-        return Reply(response.status_code, response.headers.raw, said, truncated)
+        return Reply(response.status_code, headers_as_sent(response), said, truncated)
 
     def _no_answer(
         self, error: Exception, secrets: tuple[bytes, ...], started: float, *, sent_before: bool

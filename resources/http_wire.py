@@ -162,6 +162,7 @@ def open_client(
         cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=())),  # a repeat is the same bytes
         verify=ssl_context(),
         transport=transport,
+        event_hooks={"response": [_hide_location]},
     )
     # httpcore takes a network backend, httpx passes none on. A transport of our own would lose the proxies that httpx
     # reads from the environment, so the pools that it made get theirs here; a test watches over the private names.
@@ -169,6 +170,18 @@ def open_client(
         if isinstance(made, httpx.HTTPTransport):
             made._pool._network_backend = wire
     return client
+
+
+def _hide_location(response: httpx.Response) -> None:
+    """Keep httpx from reading where a redirect points, which it does though it follows none: an error if it is no URL."""
+    response.extensions["headers"] = list(response.headers.raw)
+    response.headers.pop("location", None)
+
+
+def headers_as_sent(response: httpx.Response) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer that a client of `open_client` had, its `Location` included."""
+    headers: list[tuple[bytes, bytes]] = response.extensions["headers"]
+    return headers
 
 
 def read_body(response: httpx.Response, *, limit: int) -> tuple[bytes, bool]:

@@ -414,6 +414,21 @@ def test_a_proxy_of_the_environment_is_held_to_the_deadline(api: HttpApi, monkey
     assert [request.path for request in api.requests] == ["http://api.test/rows"]
 
 
+@pytest.mark.parametrize("location", ["https:login", "mailto:a@b.test", "http://a:b/", "http://xn--/", "/login"])
+def test_a_redirect_by_a_proxy_is_an_answer_wherever_it_points(
+    api: HttpApi, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    """httpx raises InvalidURL for some: that was taken for a record's path that is too long, and the record buried."""
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, api.url)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    api.script(Reply(status=302, headers={"Location": location}))
+    answer = answered("http://api.test")
+
+    assert (answer.status, answer.headers["location"]) == (302, location)
+
+
 def test_httpx_makes_its_connections_through_the_wire(api: HttpApi) -> None:
     """It has no argument for that: who raises httpx or httpcore sees here whether the private names still hold."""
     wire = Wire()
