@@ -90,7 +90,7 @@ class PostgresLedger(Ledger):
             yield
         except DatabaseProblem as problem:
             raise LedgerFailed(str(problem)) from problem
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except psycopg.Error as error:  # of whatever class: a demoted primary is read-only, a role may lose its rights
             said = (error.diag.message_primary or str(error)).strip().splitlines()
             raise LedgerFailed(f"the database failed: {said[0] if said else type(error).__name__}") from error
 

@@ -93,6 +93,23 @@ def test_a_database_that_fails_under_a_drain_is_told_in_one_sentence(subject: Po
         drain_whose_connection_is_cut()
 
 
+@pytest.mark.parametrize("trouble", ["set default_transaction_read_only = on", "set role pg_monitor"])
+def test_a_database_that_no_longer_lets_a_drain_write_is_told_in_one_sentence(
+    subject: PostgresSubject, trouble: str
+) -> None:
+    """A demoted primary, a role without its rights: the driver has another class of exception for each."""
+    subject.append()
+
+    def drain_that_may_not_write() -> None:
+        with subject.open("crm") as crm:
+            assert isinstance(crm, PostgresTargetLedger)
+            crm._connection.execute(trouble)
+            claim_each(crm, read(crm))
+
+    with pytest.raises(LedgerFailed, match=r"^the database failed: [^\n]+$"):
+        drain_that_may_not_write()
+
+
 def test_a_killed_process_frees_the_lock(subject: PostgresSubject) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", _HOLD_THE_LOCK, subject.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
