@@ -12,6 +12,8 @@ from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord
 
 _LAGS_OF_A_BATCH = 10
+_MOST_REASONS = 20
+OTHER_REASONS = "other reasons"
 
 End = Literal["caught_up", "deferred", "paused", "stopped", "held", "failed"]
 
@@ -43,7 +45,7 @@ class DrainReport:
     lag_p95: float | None = None
     """Seconds from a change to its acceptance."""
     refusals: Mapping[str, int] = field(default_factory=dict)
-    """Dead letters by reason."""
+    """Dead letters by reason; from the twenty-first reason on they are counted together."""
 
     def total(self, name: Literal["accepted", "superseded", "filtered", "dead"]) -> int:
         """Return one count over all streams and days."""
@@ -118,7 +120,9 @@ class Recorder:
         """Add dead letters, by their reasons."""
         for record in dead:
             self._tally_of(record.change).dead += 1
-            self.refusals[record.reason] += 1
+            # A transform's own words may be others for each record: they must not fill the memory, nor a run's failure.
+            known = record.reason in self.refusals or len(self.refusals) < _MOST_REASONS
+            self.refusals[record.reason if known else OTHER_REASONS] += 1
 
     def _tally_of(self, change: ChangeRecord) -> Tally:
         return self.tallies[(change.stream, change.changed_at.astimezone(UTC).date())]

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.report import DrainReport, Recorder, Sample, Tally
+from pipelines.delivery.report import OTHER_REASONS, DrainReport, Recorder, Sample, Tally
 
 NOON = datetime(2025, 3, 1, 12, tzinfo=UTC)
 
@@ -50,6 +50,18 @@ def test_dead_letters_are_counted_by_reason() -> None:
 
     assert recorder.refusals == {"answered 400": 2, "x": 1}
     assert recorder.tallies[("customers", date(2025, 3, 1))].dead == 3
+
+
+def test_reasons_without_end_are_counted_together() -> None:
+    recorder = Recorder()
+
+    for number in range(1000):
+        recorder.bury([DeadRecord(change=change(number), reason=f"the transform failed: no such person {number}")])
+    recorder.bury([DeadRecord(change=change(1000), reason="the transform failed: no such person 3")])
+
+    assert len(recorder.refusals) == 21
+    assert recorder.refusals["the transform failed: no such person 3"] == 2
+    assert recorder.refusals[OTHER_REASONS] == 980
 
 
 def test_totals_sum_over_streams_and_days() -> None:
