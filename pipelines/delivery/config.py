@@ -31,7 +31,7 @@ from pipelines.delivery.reading import (
     check_record,
     shape_of,
 )
-from pipelines.delivery.sections import ItemPath, RootPath, Seconds, Section, Statuses, refusal
+from pipelines.delivery.sections import LONGEST_SECONDS, ItemPath, RootPath, Seconds, Section, Statuses, refusal
 from pipelines.delivery.template import (
     Place,
     Template,
@@ -214,7 +214,7 @@ def _check_header_name(name: str, *, at: Place) -> None:
 class RateLimit(Section):
     """At most so many requests, over all lanes."""
 
-    requests_per_second: Annotated[float, Field(gt=0)]
+    requests_per_second: Annotated[float, Field(ge=0.0001)]
     burst: Annotated[int, Field(ge=1)] = 1
 
 
@@ -224,7 +224,7 @@ class Retry(Section):
     initial_backoff: Seconds = 0.5
     max_backoff: Seconds = 30.0
     max_elapsed: Annotated[float, Field(ge=0)] = 60.0
-    max_retry_after: Annotated[float, Field(ge=0)] = 3600.0
+    max_retry_after: Annotated[float, Field(ge=0, le=LONGEST_SECONDS)] = 3600.0
     """The longest `Retry-After` that is believed."""
 
     @model_validator(mode="after")

@@ -22,7 +22,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Seconds = Annotated[float, Field(gt=0)]
+LONGEST_SECONDS = 31_536_000.0
+"""A year. Neither a thread nor Postgres can be told to wait for just any number of seconds."""
+
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
 Status = Annotated[int, Field(ge=100, le=599)]
 # YAML lists become tuples, so that a loaded configuration cannot change.
 Statuses = Annotated[tuple[Status, ...], Field(strict=False)]
