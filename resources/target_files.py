@@ -46,6 +46,9 @@ class FileTargetCatalog(TargetCatalog):
     def problems(self) -> Sequence[str]:
         return uncaptured(self._tables())
 
+    def columns(self) -> frozenset[str]:
+        return frozenset[str]().union(*(table.columns for table in self._tables().values()))
+
     def configs(self) -> Mapping[str, TargetConfig]:
         return self._configs
 

@@ -41,6 +41,10 @@ class TargetCatalog(ABC):
     def reader(self, target: str, *, max_response_bytes: int) -> TargetClient:
         """Return a client that reads the target back, with answers of that size; raises TargetMisconfigured."""
 
+    def columns(self) -> frozenset[str]:
+        """Return the names of all watched tables' columns, as far as they are known."""
+        return frozenset()
+
     def problems(self) -> Sequence[str]:
         """Return what is wrong with the source and so concerns every target: sentences that fail a run."""
         return ()

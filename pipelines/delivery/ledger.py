@@ -135,6 +135,10 @@ class Upcoming:
     more: bool
     """There may be others behind them."""
 
+    def changes(self) -> Sequence[ChangeRecord]:
+        """Return all that is claimed or pending of it."""
+        return [*(change for left in self.leftovers for change in left.changes), *self.pending]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:

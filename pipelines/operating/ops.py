@@ -17,6 +17,7 @@ from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import CannotLoad, Loader
 from pipelines.delivery.ops import log_progress
 from pipelines.operating.dead_letters import CannotRedrive, DeadLetters, Redrive, Selection
+from pipelines.operating.masking import Masking
 from pipelines.operating.previewing import lines_of
 from pipelines.operating.previewing import preview as preview_of
 from pipelines.operating.pruning import Pruner, who_holds
@@ -197,7 +198,8 @@ class PreviewConfig(dg.Config):
         default=3, ge=0, le=100, description="Show so many requests of each target, as they would go out."
     )
     mask: list[str] = Field(
-        default=[], description="Source columns whose values are not shown; _key masks the record's key."
+        default=[],
+        description="Source columns, or fields inside of them, whose values are not shown; _key is the record's key.",
     )
 
 
@@ -207,28 +209,41 @@ def preview(
     config: PreviewConfig,
     ledger: dg.ResourceParam[Ledger],
     targets: dg.ResourceParam[TargetCatalog],
+    source: dg.ResourceParam[SourceConfig],
 ) -> None:
     """Say what each target would be sent next, and what would be refused before that. Sends and changes nothing."""
     names = _known(config.targets, targets, at="ops.preview.config.targets")
+    masking = Masking(config.mask, key_columns={stream: table.key_columns for stream, table in source.tables.items()})
+    unseen = frozenset(config.mask)
     problems: list[str] = []
     shown: list[str] = []
-    sendable = refused = 0
+    looked_at = sendable = refused = 0
     for name in names:
         try:
             destination = targets.destination(name)
         except TargetMisconfigured as error:
             problems.append(str(error))
             continue
+        upcoming = ledger.upcoming(name, max_records=config.records, max_bytes=_PREVIEWED_BYTES)
+        unseen &= masking.unseen_in(upcoming.changes())
         found = preview_of(
-            ledger.upcoming(name, max_records=config.records, max_bytes=_PREVIEWED_BYTES),
+            upcoming,
             policy=destination.policy,
             routes=destination.routes,
             show=config.requests,
-            mask=config.mask,
+            masking=masking,
         )
         shown += lines_of(name, found)
+        looked_at += found.looked_at
         sendable += sum(found.records.values())
         refused += sum(len(keys) for keys in found.refused.values())
+    if looked_at and (unknown := sorted(unseen - targets.columns())):
+        # A slip here would show what is to be hidden.
+        raise dg.Failure(
+            f"ops.preview.config.mask: no change that is owed has a column or field {', '.join(unknown)}, and no "
+            "watched table has such a column; nothing is shown.",
+            allow_retries=False,
+        )
     for line in shown:
         print(line, flush=True)  # on stdout: what `dagster job execute` shows
     text = "\n".join(["```", *shown, "```"])

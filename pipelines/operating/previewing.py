@@ -2,21 +2,17 @@
 
 import gzip
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-
-from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.drain import DrainPolicy
 from pipelines.delivery.ledger import PendingWindow, Upcoming
 from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.planning import Batch, Lanes, plan_leftover, plan_window
 from pipelines.delivery.routing import Route
 from pipelines.delivery.template import RecordUnrenderable
+from pipelines.operating.masking import Masking
 
-MASK = "***"
 _LONGEST_BODY = 4000
 
 
@@ -57,11 +53,11 @@ def preview(
     policy: DrainPolicy,
     routes: Mapping[str, Route],
     show: int,
-    mask: Collection[str],
+    masking: Masking,
 ) -> Preview:
-    """Plan *upcoming* and render the first *show* requests, with *mask* in place of these columns' values.
+    """Plan *upcoming* and render the first *show* requests, their changes masked.
 
-    `_key` masks the key. What was claimed comes first and under other routes than it was claimed by, as it would now.
+    What was claimed comes first and under other routes than it was claimed by, as it would now.
     """
     blocking = {stream for stream, route in routes.items() if route.on_dead == "block"}
     blocks = {key: dead for key, dead in upcoming.blocked.items() if key[0] in blocking}
@@ -89,8 +85,8 @@ def preview(
         requests=requests,
         superseded=len(planned.window.superseded),
         filtered=len(planned.window.filtered) + sum(len(plan.filtered) for plan in plans),
-        refused=_by_reason(dead),
-        shown=[_shown(batch, frozenset(mask)) for batch in batches[:show]],
+        refused=_by_reason(dead, routes, masking),
+        shown=[_shown(batch, masking) for batch in batches[:show]],
     )
 
 
@@ -105,7 +101,7 @@ def lines_of(name: str, previewed: Preview) -> Iterator[str]:
         if number := getattr(previewed, what):
             yield f"  {what}: {number:,}"
     for (stream, reason), keys in sorted(previewed.refused.items()):
-        some = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+        some = ", ".join(dict.fromkeys(keys[:3])) + (", …" if len(keys) > 3 else "")
         yield f"  {stream}: {len(keys):,} would be dead letters: {reason} ({some})"
     for request in previewed.shown:
         yield f"  {request.method} {request.path}  ({request.records:,} of {request.stream})"
@@ -113,22 +109,38 @@ def lines_of(name: str, previewed: Preview) -> Iterator[str]:
             yield f"    {request.body}"
 
 
-def _by_reason(dead: Sequence[DeadRecord]) -> dict[tuple[str, str], list[str]]:
+def _by_reason(
+    dead: Sequence[DeadRecord], routes: Mapping[str, Route], masking: Masking
+) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for record in dead:
-        found.setdefault((record.change.stream, record.reason), []).append(record.change.key)
+        reason = record.reason
+        if masking and record.blocked_by is None and reason not in _masked_reasons(record, routes, masking):
+            reason = "for the sake of a value that is masked"
+        found.setdefault((record.change.stream, reason), []).append(masking.key_of(record.change))
     return found
 
 
-def _shown(batch: Batch, mask: frozenset[str]) -> PreviewedRequest:
+def _masked_reasons(record: DeadRecord, routes: Mapping[str, Route], masking: Masking) -> Iterator[str]:
+    """Yield why the change could not be rendered if it were as it may be shown: so no masked value is in the reason."""
+    for operation in routes[record.change.stream].operations.values():
+        try:
+            operation.render_record(masking.masked(record.change))
+        except RecordUnrenderable as error:
+            yield str(error)
+
+
+def _shown(batch: Batch, masking: Masking) -> PreviewedRequest:
     operation = batch.operation
     body = ""
     try:
         changes, fragments = batch.changes, batch.fragments
-        if mask:
-            changes = [_masked(change, mask) for change in changes]
+        if masking:
+            changes = [masking.masked(change) for change in changes]
             rendered = [operation.render_record(change) for change in changes]
             fragments = [fragment for fragment in rendered if fragment is not None]
+            if len(fragments) < len(changes):
+                raise RecordUnrenderable("the transform passes over some of its changes then")
         request = operation.request(changes, fragments)
         method, path = request.method, request.path
         if request.body:
@@ -144,11 +156,3 @@ def _shown(batch: Batch, mask: frozenset[str]) -> PreviewedRequest:
         records=len(batch.changes),
         body=body,
     )
-
-
-def _masked(change: ChangeRecord, mask: frozenset[str]) -> ChangeRecord:
-    row: Any = msgspec.json.decode(change.payload)
-    if isinstance(row, dict):
-        row = {column: MASK if column in mask else value for column, value in row.items()}
-    key = MASK if "_key" in mask else change.key
-    return change._replace(payload=msgspec.json.encode(row), key=key)

@@ -7,7 +7,9 @@ import psycopg
 import pytest
 
 from pipelines.changes.config import SourceConfig
+from pipelines.delivery.catalog import Destination, policy_of
 from pipelines.delivery.jobs import delivery_job
+from pipelines.delivery.routing import Transform, compile_routes
 from pipelines.operating.jobs import preview_job
 from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
 from pipelines_tests.fakes.target import ScriptedTarget
@@ -38,6 +40,7 @@ class World:
             ),
             "clock": SystemClock(),
             "loader": PostgresLoader(url, SOURCE),
+            "source": SOURCE,
         }
         self.resources["targets"].owed(self.resources["ledger"])
 
@@ -110,6 +113,75 @@ def test_chosen_columns_are_masked_wherever_they_go(database: str, connection: p
     assert "DELETE /people/***" in text or "DELETE /people/%2A%2A%2A" in text
 
 
+def test_a_masked_key_is_shown_nowhere(database: str, connection: psycopg.Connection, said: Any):
+    """Not as the key of what would be refused, and not because the mask names its column and not `_key`."""
+    record = {"id": "$id", "name": "$name", "nick": "$nick"}
+    deleting = {"path": "/people/${_key}"}
+    routes = {"people": {"record": record, "upsert": {"path": "/people"}, "delete": {**deleting, "record": {}}}}
+    for mask in ("_key", "id"):
+        world = World(database, connection, routes=routes)
+        world.write((f"secret-{mask}", "Ada"), (f"secret-{mask}-too", "Bea"))
+        connection.execute("delete from people where id = %s", [f"secret-{mask}"])
+
+        done = world.preview(mask=[mask], requests=10)
+
+        text = "\n".join(said())
+        assert done.success
+        assert "would be dead letters" in text
+        assert "DELETE /people/" in text
+        assert "secret" not in text
+
+
+def test_fields_inside_of_a_column_are_masked_too(database: str, connection: psycopg.Connection, said: Any):
+    connection.execute("alter table people add contact jsonb")
+    world = World(database, connection, routes={"people": {"upsert": {"path": "/people"}}})
+    contact = '{"phones": [{"number": "secret"}], "email": "secret", "size": 1.10}'
+    connection.execute("insert into people values ('1', 'Ada', 'x', %s)", [contact])
+
+    world.preview(mask=["email", "number"])
+
+    text = "\n".join(said())
+    assert '"phones":[{"number":"***"}]' in text
+    assert '"size":1.10' in text
+    assert "secret" not in text
+
+
+def test_a_mask_that_hides_nothing_is_refused_and_nothing_shown(
+    database: str, connection: psycopg.Connection, said: Any
+):
+    world = World(database, connection)
+    world.write(("1", "Ada"))
+
+    done = world.preview(mask=["name", "emial"])
+
+    assert not done.success
+    (failure,) = [one for one in done.all_events if one.event_type_value == "STEP_FAILURE"]
+    assert "ops.preview.config.mask: no change that is owed has a column or field emial" in str(
+        failure.event_specific_data
+    )
+    assert said() == []
+
+
+def test_where_nothing_is_owed_there_is_nothing_to_hide(database: str, connection: psycopg.Connection, said: Any):
+    assert World(database, connection).preview(mask=["emial"]).success
+    assert said() == ["crm: of 0 changes that are owed"]
+
+
+def test_a_column_that_a_table_has_may_be_masked_though_no_change_has_it(
+    database: str, connection: psycopg.Connection, said: Any
+):
+    """A deletion may hold nothing but its key."""
+    world = World(database, connection)
+    connection.execute(
+        "insert into distributary.change_log (stream, key, operation, payload) values ('people', '1', 'delete', '{}')"
+    )
+
+    world.resources["targets"].columns = lambda: frozenset({"id", "name", "email"})
+
+    assert world.preview(mask=["email"]).success
+    assert "  people delete: 1 in 1 request" in said()
+
+
 def test_what_cannot_be_rendered_is_named(database: str, connection: psycopg.Connection, said: Any):
     routes = {"people": {"record": {"id": "$id", "nick": "$nick"}, "upsert": {"path": "/people"}}}
     world = World(database, connection, routes=routes)
@@ -158,3 +230,35 @@ def test_a_target_that_is_not_there_is_named(database: str, connection: psycopg.
     assert not done.success
     (failure,) = [one for one in done.all_events if one.event_type_value == "STEP_FAILURE"]
     assert "there is no target cmr; configured are: crm." in str(failure.event_specific_data)
+
+
+def shout(change: dict[str, Any]) -> Any:
+    """Return the mail in capitals; one of a single letter is refused, and told."""
+    mail = change["row"]["email"]
+    if len(mail) == 1:
+        raise ValueError(f"{mail} is no mail")
+    return {"mail": mail.upper()}
+
+
+def test_what_a_transform_says_of_a_masked_value_is_not_shown(database: str, connection: psycopg.Connection, said: Any):
+    routes = {"people": {"transform": "m:shout", "upsert": {"path": "/people"}}}
+    world = World(database, connection, routes=routes)
+    catalog = world.resources["targets"]
+    config = catalog.configs()["crm"]
+    destination = Destination(
+        policy=policy_of(config),
+        routes=compile_routes(config, {"m:shout": Transform(name="m:shout", function=shout)}),
+        connect=world.target.connect,
+    )
+    catalog.destination = lambda _: destination
+    world.write(("1", "Ada"))
+    connection.execute("insert into people values ('2', 'Bea', '§')")
+
+    world.preview(mask=["email"])
+
+    text = "\n".join(said())
+    assert "1 would be dead letters: for the sake of a value that is masked (2)" in text
+    assert '{"mail":"***"}' in text
+    assert "§" not in text
+    world.preview()
+    assert "ValueError: § is no mail" in "\n".join(said())

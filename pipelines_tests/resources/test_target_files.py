@@ -12,6 +12,7 @@ from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer
 from pipelines_tests.fakes.http_server import HttpApi, Reply, Request
 from resources.config_files import ConfigError
+from resources.source_tables import SourceTable
 from resources.target_files import FileTargetCatalog
 
 SOURCE = "tables: {people: {key: id, exclude: [password]}}\n"
@@ -148,3 +149,12 @@ def test_the_lanes_of_an_oauth_target_share_one_token(folder, monkeypatch):
             lane.close()
     assert [one.status for one in answers if isinstance(one, Answer)] == [200, 200, 200]
     assert len(tokens) == 1
+
+
+def test_the_columns_are_those_of_all_watched_tables_as_the_database_has_them(folder):
+    tables = {
+        "people": SourceTable(captured=True, columns=frozenset({"id", "email"})),
+        "pets": SourceTable(captured=True, columns=frozenset({"id", "name"})),
+    }
+
+    assert FileTargetCatalog.load(folder, lambda _: tables).columns() == {"id", "email", "name"}
