@@ -173,7 +173,7 @@ def open_client(
 
 
 def _hide_location(response: httpx.Response) -> None:
-    """Keep httpx from reading where a redirect points, which it does though it follows none: an error if it is no URL."""
+    """Keep httpx from reading where a redirect points, as it does though it follows none: an error if it is no URL."""
     response.extensions["headers"] = list(response.headers.raw)
     response.headers.pop("location", None)
 
