@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
-.PHONY: demo dev test check soak bench-throughput bench-isolation bench-backlog bench-growth bench-peers env clean
+.PHONY: demo dev test check soak bench bench-throughput bench-peers bench-latency bench-growth bench-backlog \
+	bench-isolation env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -23,6 +24,8 @@ check: $(READY)  ## lint, format and types
 soak: $(READY)  ## writers, Dagster and failing targets for SOAK_SECONDS, killing on the way: what is lost?
 	$(BIN)/python -m soak --seconds $(SOAK_SECONDS)
 
+bench: bench-throughput bench-peers bench-latency bench-growth bench-backlog bench-isolation  ## all that follows
+
 bench-throughput: $(READY)  ## how many records a second, at what cost?
 	$(BIN)/python -m benchmarks.throughput --job
 
@@ -37,6 +40,9 @@ bench-growth: $(READY)  ## what do ten million settled changes cost, and what do
 
 bench-peers: $(READY)  ## what do others make of the same work? They are installed into .data/peers/
 	$(BIN)/python -m benchmarks.peers
+
+bench-latency: $(READY)  ## how soon is a change at the target, and what does a run cost?
+	$(BIN)/python -m benchmarks.latency
 
 env: $(READY)  ## the environment alone
 
