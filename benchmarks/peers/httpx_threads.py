@@ -47,14 +47,19 @@ def deliver_to(target: str, work: Work) -> None:
 
 def send(client: httpx.Client, url: str, batch: Batch) -> Batch:
     """Send until it is accepted."""
-    headers = {"Content-Type": "application/json", "Idempotency-Key": batch.key}
-    body, backoff = batch.body(), INITIAL_BACKOFF
+    post(client, url, batch.body(), batch.key)
+    return batch
+
+
+def post(client: httpx.Client, url: str, body: bytes, key: str) -> None:
+    """Send *body* until it is accepted."""
+    headers, backoff = {"Content-Type": "application/json", "Idempotency-Key": key}, INITIAL_BACKOFF
     while True:
         try:
             response = client.post(url, content=body, headers=headers)
             if response.status_code not in RETRYABLE:
                 response.raise_for_status()
-                return batch
+                return
         except httpx.TransportError:
             pass
         time.sleep(random.uniform(0, backoff))

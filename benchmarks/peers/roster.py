@@ -13,6 +13,7 @@ from demo.processes import ROOT
 
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 ENVIRONMENT = ROOT / ".data" / "peers" / "venv"
+REDIS = "redis-server"
 _COMMON = ("psycopg[binary]", "msgspec")
 
 
@@ -36,6 +37,10 @@ PEERS: Sequence[Peer] = (
     Peer(name="httpx over aiohttp", module="httpx_over_aiohttp", needs=["httpx", "httpx-aiohttp"]),
     Peer(name="asyncio + aiohttp", module="aiohttp_script", needs=["aiohttp"], layouts=(False, True)),
     Peer(name="asyncio, to the bone", module="tuned_asyncio", needs=["uvloop"], layouts=(False, True)),
+    Peer(name="a plain Dagster asset, httpx", module="dagster_asset", needs=["httpx", "dagster"]),
+    Peer(name="Celery, Redis, httpx", module="celery_tasks", needs=["httpx", "celery", "redis"], programs=[REDIS]),
+    Peer(name="dlt, custom destination", module="dlt_destination", needs=["httpx", "dlt"], layouts=(True,)),
+    Peer(name="drt-core", module="drt_sync", needs=["drt-core[postgres]"]),
 )
 
 

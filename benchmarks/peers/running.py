@@ -36,6 +36,8 @@ class Setting:
     timeout: float = 15.0
     """Seconds that an answer may take, for everybody."""
     broker_url: str | None = None
+    broker_pids: Sequence[int] = ()
+    """The processes that make up the broker, for who counts what they use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

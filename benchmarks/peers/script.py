@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,21 +68,26 @@ class Batch:
         return msgspec.json.encode(self.records)
 
 
-def run(deliver: Callable[[Work], None]) -> None:
-    """Be told what to do on the command line and when on standard input; do it and say so."""
+def run(
+    deliver: Callable[[Work], None], around: Callable[[Work], AbstractContextManager[None]] = lambda _: nullcontext()
+) -> None:
+    """Be told what to do on the command line and when on standard input; do it and say so.
+
+    *around* makes what must be up before, and is left in the end.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries that print are not to be taken for us
-    work = Work(**json.loads(sys.argv[1]))
-    print("ready", file=answers)
-    if not sys.stdin.readline():
-        return
-    done = threading.Event()
-    owner = threading.Thread(target=_end_with_owner, args=[done], daemon=True)
-    owner.start()
-    deliver(work)
-    done.set()
-    print(json.dumps({"end": "caught_up"}), file=answers)
-    owner.join()  # whoever measures has a look at this process first
+    work, done = Work(**json.loads(sys.argv[1])), threading.Event()
+    with around(work):
+        print("ready", file=answers)
+        if not sys.stdin.readline():
+            return
+        owner = threading.Thread(target=_end_with_owner, args=[done], daemon=True)
+        owner.start()
+        deliver(work)
+        done.set()
+        print(json.dumps({"end": "caught_up"}), file=answers)
+        owner.join()  # whoever measures has a look at this process first
 
 
 def _end_with_owner(done: threading.Event) -> None:

@@ -1,11 +1,16 @@
 """How fast, at what cost: each sender delivers the same from a fresh database to the same receiver."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
 
+from benchmarks.peers.broker import redis
+from benchmarks.peers.roster import REDIS
 from benchmarks.peers.running import OURS, Delivery, Sender, Setting
+from benchmarks.peers.usage import Usage
 from benchmarks.throughput import (
     Measured,
     NotDelivered,
@@ -34,34 +39,60 @@ def prepare(database_url: str, workload: Workload) -> None:
 
 def measure(sender: Sender, server_url: str, workload: Workload, *, folder: Path, database: str = DATABASE) -> Measured:
     """Have *sender* deliver *workload*; raises NotDelivered if anything is missing, ProgramFailed if it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    database_url = make_database(server_url, database)
-    try:
-        prepare(database_url, workload)
-        with receiver(folder, latency=workload.latency) as url:
-            setting = Setting(workload=workload, database_url=database_url, url=url, folder=folder / "sender")
-            with Delivery(sender, setting) as delivery, database_cpu(database_url) as used:
-                before = seen(url)["cpu_seconds"]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with setting_of(sender, server_url, workload, folder=folder, database=database) as setting:
+        with Delivery(sender, setting) as delivery, database_cpu(setting.database_url) as used:
+            before, stored = seen(setting.url)["cpu_seconds"], Usage()
+            with stored.watching(setting.broker_pids):
                 said = delivery.deliver(_LONGEST)
-                cpu_of_database, found = used(), seen(url)
-            measured = Measured(
-                sender=sender.name,
-                workload=workload,
-                seconds=delivery.seconds,
-                sending_seconds=sending_seconds(found),
-                sender_cpu=delivery.usage.cpu_seconds,
-                database_cpu=cpu_of_database,
-                receiver_cpu=found["cpu_seconds"] - before,
-                peak_bytes=delivery.usage.peak_bytes,
-                verdicts=verdicts(url, workload),
-            )
-    finally:
-        drop_database(server_url, database)
+            cpu_of_database, found = used(), seen(setting.url)
+        measured = Measured(
+            sender=sender.name,
+            workload=workload,
+            seconds=delivery.seconds,
+            sending_seconds=sending_seconds(found),
+            sender_cpu=delivery.usage.cpu_seconds,
+            database_cpu=cpu_of_database + stored.cpu_seconds,
+            receiver_cpu=found["cpu_seconds"] - before,
+            peak_bytes=delivery.usage.peak_bytes,
+            verdicts=verdicts(setting.url, workload),
+        )
     if ends := {str(one["end"]) for one in said} - {"caught_up"}:
         raise NotDelivered(f"{sender.name} ended as {', '.join(ends)}")
     if sorted(measured.verdicts) != sorted(workload.names) or measured.count("missing"):
         raise NotDelivered(f"{sender.name}: {measured.count('missing')} records are missing of {workload}")
     return measured
+
+
+@contextmanager
+def setting_of(
+    sender: Sender,
+    server_url: str,
+    workload: Workload,
+    *,
+    folder: Path,
+    database: str = DATABASE,
+    faults: Mapping[str, int] = {},
+    timeout: float = 15.0,
+) -> Iterator[Setting]:
+    """Yield a fresh database with *workload*, a receiver, and a broker if *sender* needs one."""
+    with ExitStack() as until_the_end:
+        database_url = make_database(server_url, database)
+        until_the_end.callback(drop_database, server_url, database)
+        prepare(database_url, workload)
+        url = until_the_end.enter_context(receiver(folder, latency=workload.latency, **faults))
+        needs_broker = sender.peer is not None and REDIS in sender.peer.programs
+        broker = until_the_end.enter_context(redis(folder / "redis")) if needs_broker else None
+        yield Setting(
+            workload=workload,
+            database_url=database_url,
+            url=url,
+            folder=folder / "sender",
+            timeout=timeout,
+            broker_url=broker.url if broker else None,
+            broker_pids=[broker.pid] if broker else [],
+        )
 
 
 def table(rows: Sequence[Sequence[Measured]]) -> str:

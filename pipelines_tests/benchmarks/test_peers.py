@@ -3,17 +3,20 @@
 Only those peers are run that need nothing but what this environment has.
 """
 
+import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import psycopg
 import pytest
 
-from benchmarks.peers import roster, speed
-from benchmarks.peers.roster import PEERS, REQUIREMENTS
+from benchmarks.peers import broker, roster, speed
+from benchmarks.peers.roster import PEERS, REDIS, REQUIREMENTS
 from benchmarks.peers.running import OURS, Sender, senders
 from benchmarks.peers.script import Mark
 from benchmarks.peers.usage import Usage
@@ -21,7 +24,7 @@ from benchmarks.throughput import Measured, NotDelivered
 from benchmarks.workload import Workload
 from demo.processes import ProgramFailed
 
-HERE = ("httpx_threads", "tuned_asyncio")
+HERE = ("httpx_threads", "tuned_asyncio", "dagster_asset")
 SENDERS = senders([peer for peer in PEERS if peer.module in HERE], python=sys.executable)
 WORK = Workload(changes=1200, targets=2, batch=10, in_flight=3)
 
@@ -38,6 +41,19 @@ def test_everything_arrives_from_everybody(sender: Sender, postgres_url: str, tm
     assert (found.count("records"), found.count("missing"), found.count("repeats")) == (2400, 0, 0)
     assert found.sender_cpu > 0
     assert found.peak_bytes > 1_000_000
+
+
+@pytest.mark.skipif(shutil.which(REDIS) is None, reason="redis-server is not installed")
+def test_the_broker_is_there_as_long_as_it_is_needed(tmp_path: Path) -> None:
+    with broker.redis(tmp_path) as up:
+        port = urlsplit(up.url).port
+        assert port is not None
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(b"SET one 1\r\n")
+            assert connection.recv(16) == b"+OK\r\n"
+
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 @pytest.mark.integration
@@ -59,8 +75,7 @@ def test_a_peer_that_leaves_something_out_is_not_measured(
 
     speed_prepare = speed.prepare
     monkeypatch.setattr(speed, "prepare", prepare)
-    peers = [sender for sender in SENDERS if sender.peer is not None]
-    for sender in peers:
+    for sender in [one for one in SENDERS if one.peer and not one.per_target]:
         with pytest.raises(NotDelivered, match="100 records are missing"):
             speed.measure(sender, postgres_url, WORK, folder=tmp_path, database=fresh())
 
