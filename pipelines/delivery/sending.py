@@ -348,7 +348,7 @@ class Sender:
 
         verdict = fault or attempt(None)
         if isinstance(verdict, TargetFault):
-            if suspect and verdict.may_be_the_records:
+            if suspect and verdict.may_be_the_records and not self._is_to_be_left_alone():
                 raise _SetAside
             verdict = self._retry_until_decided(attempt, verdict, tally)
         return verdict
@@ -408,7 +408,7 @@ class Sender:
     def _give_up(self, fault: TargetFault, successes: int, tally: _Tally) -> NoReturn:
         """Halt the run's sending, for the target has been unwell for too long; or doubt that it is the target."""
         if self._gate.halt is None:
-            if fault.may_be_the_records and not self._gate.held_for():
+            if fault.may_be_the_records and not self._is_to_be_left_alone():
                 self._gate.doubt(since=successes)
                 raise _SetAside
             self._gate.defer(fault.reason, retry_after=self._gate.held_for() or None)
@@ -416,6 +416,10 @@ class Sender:
         # The next run is to find out by another batch whether the target is well: it might be this one's fault.
         tally.suspect |= fault.may_be_the_records and halt is not None and halt.cause == "deferred"
         raise _GaveUp
+
+    def _is_to_be_left_alone(self) -> bool:
+        """Say whether the target asked for more time than a request is tried for: then no other goes out either."""
+        return self._gate.held_for() > self._retry.max_elapsed
 
 
 def _is_fault(verdict: Verdict) -> bool:

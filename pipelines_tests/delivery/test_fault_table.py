@@ -203,6 +203,31 @@ def test_what_fails_for_ever_while_others_succeed_is_set_aside() -> None:
     assert world.status == "active"
 
 
+@row("for longer than `retry.max_elapsed` one of these")
+def test_one_record_that_is_answered_with_a_retry_after_for_ever_is_set_aside() -> None:
+    """A gateway puts one on every 500. It is waited for; but it does not make one record's fault the target's."""
+    unwell = answer(500, headers={"retry-after": "1"})
+    world = World(ScriptedTarget(lambda request: unwell if 3 in ids(request) else 200), 12)
+
+    first, second = world.run(SINGLY), world.run(SINGLY)
+
+    for report in (first, second):
+        assert report.end == "deferred"
+        assert "1 set aside while others are accepted" in (report.reason or "")
+        assert world.counts() == {"accepted": 11, "claimed": 1}
+    assert_repeats_are_repeats(world.target)
+
+
+@row("for longer than `retry.max_elapsed` one of these")
+def test_a_retry_after_longer_than_that_is_the_targets_and_nothing_is_sent_meanwhile() -> None:
+    world = World(ScriptedTarget(then=answer(500, headers={"retry-after": "600"})), 12)
+
+    report = world.run(SINGLY)
+
+    assert (report.end, len(world.target.sent), world.retry_in) == ("deferred", 1, timedelta(seconds=600))
+    assert not world.dead
+
+
 @row("`Retry-After`")
 @pytest.mark.parametrize(
     ("header", "seconds"),
