@@ -328,6 +328,44 @@ def test_drop_on_makes_a_dead_letter_of_any_status() -> None:
     assert (world.dead, world.counts()) == ([2], {"accepted": 3, "dead": 1})
 
 
+@row("409 to a repeat whose outcome is not known")
+@pytest.mark.parametrize(("routes", "changes"), [(SINGLY, 1), (BATCHES, 3)], ids=["one record", "a batch"])
+def test_a_409_while_the_first_attempt_is_still_in_work_buries_and_splits_nothing(
+    routes: dict[str, Route], changes: int
+) -> None:
+    world = World(ScriptedTarget([no_answer("no answer within 15 s"), 409, 409, 200]), changes)
+
+    report = world.run(routes)
+
+    assert (report.end, world.counts()) == ("caught_up", {"accepted": changes})
+    assert len(set(world.target.keys)) == 1
+    assert_repeats_are_repeats(world.target)
+
+
+@row("409 to a repeat whose outcome is not known")
+def test_a_409_that_stays_is_the_records() -> None:
+    world = World(ScriptedTarget([no_answer()], then=409), 1)
+
+    report = world.run(SINGLY, retry=RetryPolicy(max_elapsed=20))
+
+    assert (report.end, world.dead, world.counts()) == ("caught_up", [1], {"dead": 1})
+    assert len(world.target.sent) >= 6  # the longest that five waits can be is 15.5 s
+    assert len(set(world.target.keys)) == 1
+
+
+@row("409 to a repeat whose outcome is not known")
+@pytest.mark.parametrize(
+    ("before", "rules"),
+    [([], JudgingRules()), ([429], JudgingRules()), ([500], JudgingRules(drop_on=frozenset({409})))],
+)
+def test_a_409_that_cannot_be_that_is_a_refusal_at_once(before: list[Step], rules: JudgingRules) -> None:
+    world = World(ScriptedTarget([*before, 409]), 1)
+
+    world.run(SINGLY, rules=rules)
+
+    assert (world.counts(), len(world.target.sent)) == ({"dead": 1}, len(before) + 1)
+
+
 @row("the same on a batch")
 @pytest.mark.parametrize("status", [400, 409, 413, 422])
 def test_a_batch_whose_error_names_no_record_is_halved_until_the_bad_one_stands_alone(status: int) -> None:
