@@ -5,7 +5,7 @@ READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
 .PHONY: demo dev test check soak bench bench-throughput bench-peers bench-latency bench-growth bench-backlog \
-	bench-isolation env clean
+	bench-isolation bench-reconciliation env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -24,7 +24,8 @@ check: $(READY)  ## lint, format and types
 soak: $(READY)  ## writers, Dagster and failing targets for SOAK_SECONDS, killing on the way: what is lost?
 	$(BIN)/python -m soak --seconds $(SOAK_SECONDS)
 
-bench: bench-throughput bench-peers bench-latency bench-growth bench-backlog bench-isolation  ## all that follows
+bench: bench-throughput bench-peers bench-latency bench-growth bench-backlog bench-isolation \
+	bench-reconciliation  ## all that follows
 
 bench-throughput: $(READY)  ## how many records a second, at what cost?
 	$(BIN)/python -m benchmarks.throughput --job
@@ -43,6 +44,9 @@ bench-peers: $(READY)  ## what do others make of the same work? They are install
 
 bench-latency: $(READY)  ## how soon is a change at the target, and what does a run cost?
 	$(BIN)/python -m benchmarks.latency
+
+bench-reconciliation: $(READY)  ## what does it cost to compare a million records with the source?
+	$(BIN)/python -m benchmarks.reconciliation
 
 env: $(READY)  ## the environment alone
 

@@ -12,11 +12,12 @@ _MOST_STEPS = 128
 _PRELOAD = ["pipelines.definitions", "resources.dagster_resources", "dagster_postgres"]
 
 
-@dg.job(
-    executor_def=dg.multiprocess_executor.configured(
-        {"max_concurrent": _MOST_STEPS, "start_method": {"forkserver": {"preload_modules": _PRELOAD}}}
-    )
+STEPS_SIDE_BY_SIDE = dg.multiprocess_executor.configured(
+    {"max_concurrent": _MOST_STEPS, "start_method": {"forkserver": {"preload_modules": _PRELOAD}}}
 )
+
+
+@dg.job(executor_def=STEPS_SIDE_BY_SIDE)
 def delivery_job() -> None:
     """Deliver to every target what it is owed."""
     plans, scope = plan_deliveries()

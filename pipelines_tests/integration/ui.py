@@ -26,6 +26,10 @@ _RUNS = "query($filter: RunsFilter) { runsOrError(filter: $filter) { ... on Runs
 _RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status
     assetMaterializations { assetKey { path } partition metadataEntries { label
         ... on IntMetadataEntry { intValue } ... on TextMetadataEntry { text } } } } } }"""
+_CHECKS = """query($key: AssetKeyInput!, $check: String!) {
+    assetCheckExecutions(assetKey: $key, checkName: $check, limit: 1) {
+        runId status evaluation { success severity description metadataEntries { label
+            ... on TextMetadataEntry { text } ... on IntMetadataEntry { intValue } } } } }"""
 _REPOSITORY = {"repositoryLocationName": "distributary", "repositoryName": "__repository__"}
 
 
@@ -63,10 +67,23 @@ class Ui:
         selector = {**_REPOSITORY, "jobName": job}
         return self._launched({"selector": selector, "runConfigData": dict(run_config or {})})
 
-    def materialize(self, *path: str) -> str:
-        """Materialize an asset without partitions, as its page does, and return the run's id."""
-        selector = {**_REPOSITORY, "jobName": "__ASSET_JOB", "assetSelection": [{"path": list(path)}]}
+    def materialize(self, *path: str, checks: Sequence[str] = (), run_config: Mapping[str, Any] | None = None) -> str:
+        """Materialize an asset without partitions, as its page does, with its *checks*; return the run's id."""
+        selection = {"assetSelection": [{"path": list(path)}], "assetCheckSelection": _handles(path, checks)}
+        selector = {**_REPOSITORY, "jobName": "__ASSET_JOB", **selection}
+        return self._launched({"selector": selector, "runConfigData": dict(run_config or {})})
+
+    def check(self, *path: str, checks: Sequence[str]) -> str:
+        """Execute some checks of an asset and not the asset, as the page of its checks does; return the run's id."""
+        selection = {"assetSelection": [], "assetCheckSelection": _handles(path, checks)}
+        selector = {**_REPOSITORY, "jobName": "__ASSET_JOB", **selection}
         return self._launched({"selector": selector, "runConfigData": {}})
+
+    def checked(self, *path: str, check: str) -> Mapping[str, Any]:
+        """Return the last execution of a check, as its page shows it."""
+        (last,) = self.ask(_CHECKS, key={"path": list(path)}, check=check)["assetCheckExecutions"]
+        found: Mapping[str, Any] = last
+        return found
 
     def _launched(self, params: Mapping[str, Any]) -> str:
         launched = self.ask(_LAUNCH, params={"mode": "default", **params})["launchPipelineExecution"]
@@ -99,6 +116,10 @@ class Ui:
             return found if found.get("status") in ("SUCCESS", "FAILURE", "CANCELED") else None
 
         return wait_until(ended, f"the run {run} ends", self._log, seconds=seconds)
+
+
+def _handles(path: Sequence[str], checks: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"assetKey": {"path": list(path)}, "name": name} for name in checks]
 
 
 @contextmanager

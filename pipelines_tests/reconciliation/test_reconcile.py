@@ -322,7 +322,7 @@ def test_an_interrupted_listing_goes_on_at_its_last_page(world: World) -> None:
     assert (found.resumed, found.pages, found.listed, found.matched) == (True, 4, 10, 9)
 
 
-@pytest.mark.parametrize("why", ["old", "read another way", "emptied by a crash"])
+@pytest.mark.parametrize("why", ["old", "begun long ago", "read another way", "emptied by a crash"])
 def test_a_listing_that_is_of_no_use_any_more_begins_anew(world: World, why: str) -> None:
     world.fill(10)
     world.api.before = lambda number, path: failing() if number >= 2 else None
@@ -332,6 +332,8 @@ def test_a_listing_that_is_of_no_use_any_more_begins_anew(world: World, why: str
     if why == "old":
         world.settings = {"resume_within_seconds": 60}
         world.execute("update distributary.listing set updated_at = updated_at - interval '61 s'")
+    elif why == "begun long ago":
+        world.execute("update distributary.listing set started_at = started_at - interval '1 day'")
     elif why == "read another way":
         world.route = {"read": {"path": "/people?all=1"}}
     else:

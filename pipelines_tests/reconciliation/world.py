@@ -121,8 +121,8 @@ class World:
             else:
                 self.api.records[key] = dict(payload)
             self.execute(
-                "update distributary.target_state set settled = settled + int8multirange(int8range(%s, %s, '[]'))"
-                " where target = 'api'",
+                "update distributary.target_state set accepted = accepted + 1,"
+                " settled = settled + int8multirange(int8range(%s, %s, '[]')) where target = 'api'",
                 change_id,
                 change_id,
             )

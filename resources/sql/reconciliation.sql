@@ -5,10 +5,12 @@
 select pg_try_advisory_lock(1684632437, hashtext(%(target)s || '/' || %(stream)s))
 
 -- name: current
--- After a crash of the server what is not logged is empty, while the listing says that it is not.
+-- After a crash of the server what is not logged is empty, while the listing says that it is not. And after a day the
+-- changes that came since it began may be pruned.
 select g.listing_id, g.fingerprint, g.next, g.state = 'complete', g.listed, g.unkeyed, g.pages, g.total,
        extract(epoch from clock_timestamp() - g.updated_at)::float8 as age,
-       (select count(*) from distributary.listed l where l.listing_id = g.listing_id) = g.listed as whole
+       (select count(*) from distributary.listed l where l.listing_id = g.listing_id) = g.listed
+       and g.started_at > clock_timestamp() - interval '1 day' as whole
 from distributary.listing g
 where g.target = %(target)s and g.stream = %(stream)s
 
