@@ -176,6 +176,9 @@ class TargetGate:
         """
         with self._changed:
             now = self._clock.monotonic()
+            if retry_after is not None:
+                until = now + retry_after
+                self._hold_until = until if self._hold_until is None else max(self._hold_until, until)
             if (excused or again) and not permit.probe:
                 return
             self._breaker.failed(now, probe=permit.probe)
@@ -184,9 +187,6 @@ class TargetGate:
                 self._breaker.half_open(now)
                 self._changed.notify_all()
                 return
-            if retry_after is not None:
-                until = now + retry_after
-                self._hold_until = until if self._hold_until is None else max(self._hold_until, until)
             if permit.probe and self._one_probe:
                 self._set_halt(Halt(cause="deferred", reason=reason, retry_after=retry_after))
             self._changed.notify_all()

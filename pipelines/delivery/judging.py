@@ -92,7 +92,7 @@ def _fault(answer: Answer, *, rules: JudgingRules, now: datetime) -> TargetFault
         status=answer.status,
         retry_after=asked,
         outcome_unknown=answer.status not in (425, 429, 503),
-        may_be_the_records=answer.status not in _NEVER_THE_RECORDS and asked is None,
+        may_be_the_records=answer.status not in _NEVER_THE_RECORDS,
     )
 
 

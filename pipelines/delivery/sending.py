@@ -348,7 +348,7 @@ class Sender:
 
         verdict = fault or attempt(None)
         if isinstance(verdict, TargetFault):
-            if suspect and verdict.may_be_the_records:
+            if suspect and verdict.may_be_the_records and not self._is_to_be_left_alone():
                 raise _SetAside
             verdict = self._retry_until_decided(attempt, verdict, tally)
         return verdict
@@ -382,9 +382,18 @@ class Sender:
         give_up_at = self._clock.monotonic() + self._retry.max_elapsed
         successes = self._gate.successes
         first: list[Verdict] = [fault]  # the attempt that brought us here is the first of the series
+        unknown, conflict = False, None
 
         def attempt_again() -> Verdict:
-            return first.pop() if first else attempt(give_up_at)
+            nonlocal unknown, conflict
+            verdict = first.pop() if first else attempt(give_up_at)
+            conflict = None
+            if isinstance(verdict, TargetFault):
+                unknown |= verdict.outcome_unknown
+            elif unknown and self._is_conflict(verdict):
+                conflict = verdict
+                return TargetFault(reason="answered 409, perhaps because an earlier attempt is still in work")
+            return verdict
 
         def out_of_time(state: tenacity.RetryCallState) -> bool:
             wait = max(state.upcoming_sleep, self._gate.held_for())
@@ -401,14 +410,24 @@ class Sender:
             verdict: Verdict = retrying(attempt_again)
         except _GaveUp:
             self._give_up(fault, successes, tally)
+        if conflict is not None:
+            return conflict  # it stays, so the record itself is what is in conflict
         if isinstance(verdict, TargetFault):
             self._give_up(verdict, successes, tally)
         return verdict
 
+    def _is_conflict(self, verdict: Verdict) -> bool:
+        """Say whether it is a 409, with which a target that keeps keys refuses one whose request it is still at.
+
+        Were that taken for a refusal, a record would be buried that the target is about to have, or the halves of a
+        batch sent under keys of their own beside the whole. (draft-ietf-httpapi-idempotency-key-header §2.6.)
+        """
+        return isinstance(verdict, Rejected | Split) and verdict.status == 409 and 409 not in self._rules.drop_on
+
     def _give_up(self, fault: TargetFault, successes: int, tally: _Tally) -> NoReturn:
         """Halt the run's sending, for the target has been unwell for too long; or doubt that it is the target."""
         if self._gate.halt is None:
-            if fault.may_be_the_records and not self._gate.held_for():
+            if fault.may_be_the_records and not self._is_to_be_left_alone():
                 self._gate.doubt(since=successes)
                 raise _SetAside
             self._gate.defer(fault.reason, retry_after=self._gate.held_for() or None)
@@ -416,6 +435,10 @@ class Sender:
         # The next run is to find out by another batch whether the target is well: it might be this one's fault.
         tally.suspect |= fault.may_be_the_records and halt is not None and halt.cause == "deferred"
         raise _GaveUp
+
+    def _is_to_be_left_alone(self) -> bool:
+        """Say whether the target asked for more time than a request is tried for: then no other goes out either."""
+        return self._gate.held_for() > self._retry.max_elapsed
 
 
 def _is_fault(verdict: Verdict) -> bool:

@@ -203,6 +203,31 @@ def test_what_fails_for_ever_while_others_succeed_is_set_aside() -> None:
     assert world.status == "active"
 
 
+@row("for longer than `retry.max_elapsed` one of these")
+def test_one_record_that_is_answered_with_a_retry_after_for_ever_is_set_aside() -> None:
+    """A gateway puts one on every 500. It is waited for; but it does not make one record's fault the target's."""
+    unwell = answer(500, headers={"retry-after": "1"})
+    world = World(ScriptedTarget(lambda request: unwell if 3 in ids(request) else 200), 12)
+
+    first, second = world.run(SINGLY), world.run(SINGLY)
+
+    for report in (first, second):
+        assert report.end == "deferred"
+        assert "1 set aside while others are accepted" in (report.reason or "")
+        assert world.counts() == {"accepted": 11, "claimed": 1}
+    assert_repeats_are_repeats(world.target)
+
+
+@row("for longer than `retry.max_elapsed` one of these")
+def test_a_retry_after_longer_than_that_is_the_targets_and_nothing_is_sent_meanwhile() -> None:
+    world = World(ScriptedTarget(then=answer(500, headers={"retry-after": "600"})), 12)
+
+    report = world.run(SINGLY)
+
+    assert (report.end, len(world.target.sent), world.retry_in) == ("deferred", 1, timedelta(seconds=600))
+    assert not world.dead
+
+
 @row("`Retry-After`")
 @pytest.mark.parametrize(
     ("header", "seconds"),
@@ -301,6 +326,44 @@ def test_drop_on_makes_a_dead_letter_of_any_status() -> None:
     world.run(SINGLY, rules=JudgingRules(drop_on=frozenset({503})))
 
     assert (world.dead, world.counts()) == ([2], {"accepted": 3, "dead": 1})
+
+
+@row("409 to a repeat whose outcome is not known")
+@pytest.mark.parametrize(("routes", "changes"), [(SINGLY, 1), (BATCHES, 3)], ids=["one record", "a batch"])
+def test_a_409_while_the_first_attempt_is_still_in_work_buries_and_splits_nothing(
+    routes: dict[str, Route], changes: int
+) -> None:
+    world = World(ScriptedTarget([no_answer("no answer within 15 s"), 409, 409, 200]), changes)
+
+    report = world.run(routes)
+
+    assert (report.end, world.counts()) == ("caught_up", {"accepted": changes})
+    assert len(set(world.target.keys)) == 1
+    assert_repeats_are_repeats(world.target)
+
+
+@row("409 to a repeat whose outcome is not known")
+def test_a_409_that_stays_is_the_records() -> None:
+    world = World(ScriptedTarget([no_answer()], then=409), 1)
+
+    report = world.run(SINGLY, retry=RetryPolicy(max_elapsed=20))
+
+    assert (report.end, world.dead, world.counts()) == ("caught_up", [1], {"dead": 1})
+    assert len(world.target.sent) >= 6  # the longest that five waits can be is 15.5 s
+    assert len(set(world.target.keys)) == 1
+
+
+@row("409 to a repeat whose outcome is not known")
+@pytest.mark.parametrize(
+    ("before", "rules"),
+    [([], JudgingRules()), ([429], JudgingRules()), ([500], JudgingRules(drop_on=frozenset({409})))],
+)
+def test_a_409_that_cannot_be_that_is_a_refusal_at_once(before: list[Step], rules: JudgingRules) -> None:
+    world = World(ScriptedTarget([*before, 409]), 1)
+
+    world.run(SINGLY, rules=rules)
+
+    assert (world.counts(), len(world.target.sent)) == ({"dead": 1}, len(before) + 1)
 
 
 @row("the same on a batch")
