@@ -62,6 +62,8 @@ class Faults:
     """Answer 503 and apply nothing."""
     lose_answer: int = 0
     """Apply it and close the connection without an answer."""
+    hang: int = 0
+    """Apply it and say nothing, on a connection that stays open."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -132,6 +134,8 @@ class Receiver:
         target.size += len(body)
         if self._faults.lose_answer and self._requests % self._faults.lose_answer == 0:
             return target, None
+        if self._faults.hang and self._requests % self._faults.hang == 0:
+            return target, b""
         return target, _ANSWER
 
     def about(self, method: bytes, path: str) -> bytes | None:
@@ -245,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before an answer")
     parser.add_argument("--refuse", type=int, default=0, help="answer 503 to every so many-th request")
     parser.add_argument("--lose-answer", type=int, default=0, help="close instead of answering every so many-th")
+    parser.add_argument("--hang", type=int, default=0, help="never answer every so many-th")
     chosen = parser.parse_args(arguments)
-    faults = Faults(refuse=chosen.refuse, lose_answer=chosen.lose_answer)
+    faults = Faults(refuse=chosen.refuse, lose_answer=chosen.lose_answer, hang=chosen.hang)
     asyncio.run(_serve(Receiver(latency=chosen.latency, faults=faults), chosen.port))
 
 

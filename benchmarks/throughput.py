@@ -22,7 +22,7 @@ import httpx
 import psutil
 import psycopg
 
-from benchmarks.workload import VERSIONS, Workload, fill
+from benchmarks.workload import Workload, fill
 from demo.processes import ROOT, ProgramFailed, Programs, free_port
 from soak import deployment
 from soak.deployment import EXECUTE, drop_database, make_database, server
@@ -182,10 +182,13 @@ def register(database_url: str, workload: Workload) -> None:
 
 
 @contextmanager
-def receiver(folder: Path, *, latency: float = 0.0, refuse: int = 0, lose_answer: int = 0) -> Iterator[str]:
+def receiver(
+    folder: Path, *, latency: float = 0.0, refuse: int = 0, lose_answer: int = 0, hang: int = 0
+) -> Iterator[str]:
     """Yield the URL of a receiver that is up until the context ends."""
     port = free_port(0)
-    options = ["--latency", str(latency), "--refuse", str(refuse), "--lose-answer", str(lose_answer)]
+    faults = ["--refuse", str(refuse), "--lose-answer", str(lose_answer), "--hang", str(hang)]
+    options = ["--latency", str(latency), *faults]
     with Programs(folder) as programs:
         program = programs.start("receiver", ["-m", "benchmarks.receiver", "--port", str(port), *options], env={})
         program.wait_until_it_answers(f"http://127.0.0.1:{port}/seen", seconds=20)
@@ -205,7 +208,7 @@ def seen(url: str) -> Any:
 
 def verdicts(url: str, workload: Workload) -> Mapping[str, Mapping[str, int]]:
     """Have the receiver examine what came; per target, by the names in `benchmarks.receiver.Verdict`."""
-    asked = f"{url}/verdict?ids={workload.ids}&versions={VERSIONS}"
+    asked = f"{url}/verdict?ids={workload.ids}&versions={workload.versions}"
     found: Mapping[str, Mapping[str, int]] = httpx.get(asked, timeout=_LONGEST).raise_for_status().json()
     return found
 

@@ -1,9 +1,9 @@
 """What is delivered when throughput is measured: changes of about 300 bytes, to any number of targets alike.
 
-The changes are of so many ids, each in four versions: first all ids in their first version, then all in their second.
-Every change is to be sent, so that the target can see whether the versions of an id came in order. In mode `event` they
-are in any case; in mode `state` as long as there are more ids than a drain's window holds, for then nothing in it is
-superseded.
+The changes are of so many ids, each in several versions: first all ids in their first version, then all in their
+second. Every change is to be sent, so that the target can see whether the versions of an id came in order. In mode
+`event` they are in any case; in mode `state` as long as there are more ids than a drain's window holds, for then
+nothing in it is superseded.
 """
 
 from dataclasses import dataclass
@@ -53,13 +53,15 @@ class Workload:
     in_flight: int = 8
     latency: float = 0.0
     """Seconds that the target takes to answer."""
+    versions: int = VERSIONS
+    """Of each record: the more, the sooner a record's next change follows."""
     variant: Variant = "rows"
     """`rows`: each row as it is. `template`: each put into another shape, field by field."""
 
     @property
     def ids(self) -> int:
-        """Records, each in VERSIONS versions."""
-        return self.changes // VERSIONS
+        """Records, each in so many versions."""
+        return self.changes // self.versions
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +71,7 @@ class Workload:
     @property
     def deliveries(self) -> int:
         """Records that the targets must have in the end, all together."""
-        return self.ids * VERSIONS * self.targets
+        return self.ids * self.versions * self.targets
 
     @property
     def most(self) -> float:
@@ -95,6 +97,6 @@ def fill(database_url: str, workload: Workload) -> None:
     """Make the schema and the changes in an empty database."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         apply_migrations(connection)
-        connection.execute(_FILL, {"versions": VERSIONS, "ids": workload.ids})
+        connection.execute(_FILL, {"versions": workload.versions, "ids": workload.ids})
         connection.execute("vacuum analyze distributary.change_log")
         connection.execute("checkpoint")

@@ -8,10 +8,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.peers import roster, speed
-from benchmarks.peers.running import senders
+from benchmarks.peers import faults, roster, speed
+from benchmarks.peers.running import Sender, senders
 from benchmarks.throughput import FOLDER, Measured, NotDelivered, as_json
 from benchmarks.workload import Workload
 from demo.processes import ProgramFailed
@@ -25,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--changes", type=int, default=Workload().changes)
     parser.add_argument("--rounds", type=int, default=1, help="of each case; the fastest round counts, for everybody")
     parser.add_argument("--only", nargs="+", default=modules, choices=modules, metavar="PEER", help=", ".join(modules))
+    parser.add_argument("--parts", nargs="+", default=["speed", "faults"], choices=["speed", "faults"])
     parser.add_argument("--json", type=Path, default=FOLDER / "peers.json", help="where the numbers go")
     chosen = parser.parse_args(arguments)
     peers = [peer for peer in roster.PEERS if peer.module in chosen.only]
-    missing = roster.environment(peers)
+    missing = dict(roster.environment(peers))
     for module, reason in missing.items():
         print(f"{module} is left out: {reason}")
     peers = [peer for peer in peers if peer.module not in missing]
@@ -36,28 +38,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Workload(changes=chosen.changes, targets=targets, latency=latency)
         for targets, latency in ((2, 0.0), (2, 0.05), (8, 0.05))
     ]
-    rows = []
+    rows: list[list[Measured]] = []
+    outcomes: list[faults.Outcome] = []
     with server() as server_url:
-        for sender in senders(peers):
+        for sender in senders(peers) if "speed" in chosen.parts else ():
             row: list[Measured] = []
             try:
                 for work in works:
-                    rounds = [
-                        speed.measure(sender, server_url, work, folder=FOLDER / "peers") for _ in range(chosen.rounds)
-                    ]
-                    row.append(min(rounds, key=lambda one: one.seconds))
+                    row.append(_fastest(chosen.rounds, sender, server_url, work))
                     print(f"{sender.name}: {_told(row[-1])}", flush=True)
             except (NotDelivered, ProgramFailed) as problem:
-                missing = {**missing, sender.name: str(problem)}
+                missing[sender.name] = str(problem)
                 print(f"{sender.name} is left out: {problem}", flush=True)
             else:
                 rows.append(row)
-    print(speed.table(rows))
+        once = [
+            sender for sender in senders(peers) if sender.peer is None or sender.per_target == sender.peer.layouts[0]
+        ]
+        for sender in once if "faults" in chosen.parts else ():
+            for trial in faults.TRIALS:
+                found = faults.put_to(sender, trial, server_url, faults.WORK, folder=FOLDER / "peers")
+                print(f"{sender.name}, {trial.name}: {found}", flush=True)
+                outcomes.append(found)
+    if rows:
+        print(speed.table(rows))
+    if outcomes:
+        print(faults.table(outcomes))
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    found = {"speed": [as_json(one) for row in rows for one in row], "left_out": missing}
-    chosen.json.write_text(json.dumps(found, indent=1))
+    numbers = {
+        "speed": [as_json(one) for row in rows for one in row],
+        "faults": [asdict(one) for one in outcomes],
+        "left_out": missing,
+    }
+    chosen.json.write_text(json.dumps(numbers, indent=1))
     print(f"Every number is in {chosen.json}.")
     return 0
+
+
+def _fastest(rounds: int, sender: Sender, server_url: str, work: Workload) -> Measured:
+    found = [speed.measure(sender, server_url, work, folder=FOLDER / "peers") for _ in range(rounds)]
+    return min(found, key=lambda one: one.seconds)
 
 
 def _told(one: Measured) -> str:

@@ -15,7 +15,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from benchmarks.peers import broker, roster, speed
+from benchmarks.peers import broker, faults, roster, speed
 from benchmarks.peers.roster import PEERS, REDIS, REQUIREMENTS
 from benchmarks.peers.running import OURS, Sender, senders
 from benchmarks.peers.script import Mark
@@ -149,3 +149,69 @@ def test_the_table_compares_with_ours() -> None:
 
     assert found[2].split() == ["distributary", "400", "250.00", "125.00", "5", "50%", "1.0x", "1.0x", "0"]
     assert found[3].split() == ["slow", "133", "500.00", "125.00", "5", "17%", "3.0x", "2.0x", "7"]
+
+
+TROUBLE = Workload(changes=1200, targets=2, batch=10, in_flight=3, versions=10, latency=0.005)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("trial", faults.TRIALS, ids=lambda trial: trial.name)
+def test_ours_comes_through_all_trials(trial: faults.Trial, postgres_url: str, tmp_path: Path) -> None:
+    found = faults.put_to(SENDERS[0], trial, postgres_url, TROUBLE, folder=tmp_path, database=fresh())
+
+    assert found.ended == "caught_up"
+    assert (found.lost, found.repeated, found.stale, found.wrong_at_the_end) == (0, 0, 0, 0)
+    assert found.starts == (2 if trial.kill else 1)
+    assert (found.known > 0) is (trial.name == "faults") or trial.kill
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("trial", faults.TRIALS[1:], ids=lambda trial: trial.name)
+def test_a_script_comes_through_with_repeats_that_its_keys_tell(
+    trial: faults.Trial, postgres_url: str, tmp_path: Path
+) -> None:
+    threads = next(one for one in SENDERS if one.peer and one.peer.module == "httpx_threads")
+
+    found = faults.put_to(threads, trial, postgres_url, TROUBLE, folder=tmp_path, database=fresh())
+
+    assert (found.ended, found.lost, found.repeated) == ("caught_up", 0, 0)
+    assert found.known > 0
+    assert found.starts == (2 if trial.kill else 1)
+
+
+@pytest.mark.integration
+def test_what_is_left_out_is_lost(postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(database_url: str, workload: Workload) -> None:
+        speed_prepare(database_url, workload)
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("insert into peer_mark values ('target_1', 1200), ('target_2', 200)")
+
+    speed_prepare = speed.prepare
+    monkeypatch.setattr(speed, "prepare", prepare)
+    threads = next(one for one in SENDERS if one.peer and one.peer.module == "httpx_threads")
+
+    found = faults.put_to(threads, faults.TRIALS[0], postgres_url, TROUBLE, folder=tmp_path, database=fresh())
+
+    assert (found.ended, found.lost, found.repeated) == ("caught_up", 1400, 0)
+
+
+def test_the_table_of_trials_tells_how_each_ended() -> None:
+    fine = faults.Outcome(
+        sender="one",
+        trial="nothing",
+        ended="caught_up",
+        starts=1,
+        seconds=1.0,
+        lost=0,
+        repeated=0,
+        known=3,
+        stale=0,
+        wrong_at_the_end=0,
+    )
+    bad = replace(fine, trial="SIGKILL", ended="broke off", lost=4, repeated=5, stale=6, wrong_at_the_end=7)
+
+    row = faults.table([fine, bad]).splitlines()[-1].split("|")
+
+    assert row[0].split() == ["one", "0", "0", "0", "0", "1"]
+    assert row[1].split() == ["not", "tried"]
+    assert row[2].split() == ["4", "5", "6", "7", "1", "broke", "off"]

@@ -62,6 +62,16 @@ def test_it_refuses_and_loses_answers_as_it_is_told(faulty: httpx.Client) -> Non
     assert (found["one"]["missing"], found["two"]["missing"]) == (1, 0)
 
 
+def test_what_hangs_is_applied_and_never_answered(tmp_path: Path) -> None:
+    with receiver(tmp_path, hang=1) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/one/orders", json=[{"id": 1, "version": 1}], timeout=0.2)
+
+        found = httpx.get(f"{url}/verdict", params={"ids": 1, "versions": 1}).json()
+
+    assert (found["one"]["records"], found["one"]["missing"]) == (1, 0)
+
+
 def test_a_request_that_comes_in_pieces_is_one(faulty: httpx.Client) -> None:
     records = [{"id": number, "version": 1, "note": "x" * 100_000} for number in range(1, 6)]
 
