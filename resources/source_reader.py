@@ -81,11 +81,12 @@ class SourceReader:
         return {match: SourceRow(key=key, match=match, payload=payload.encode()) for key, match, payload in found}
 
     def note_extra(self, listing_id: int) -> None:
-        """Note every record of a listing for which there is no row."""
+        """Note every record of a listing that has no row, unless it had one a moment ago that differed."""
         query = sql.SQL(
             "insert into distributary.found (listing_id, match, kind)"
             " select l.listing_id, l.match, 'extra' from distributary.listed l where l.listing_id = %s and not exists ("
             '  select from (select {row} as payload from {table} t) r where ({match}) collate "C" = l.match)'
+            " on conflict do nothing"
         ).format(
             row=sql.SQL("jsonb_build_object({})").format(
                 sql.SQL(", ").join(

@@ -199,6 +199,20 @@ def test_a_change_that_commits_late_behind_what_is_settled_is_no_drift(database:
     assert (drift(found), found.count("in_flight")) == ((0, 0, 0), 1)
 
 
+def test_a_row_that_differs_and_goes_before_the_extra_ones_are_looked_for_is_noted_once(world: World) -> None:
+    world.fill(5)
+    world.api.records["p01"]["name"] = "wrong"
+    world.api.records["x1"] = {"id": "x1", "name": "nobody"}
+
+    def meddle(line: str) -> None:
+        if "compared" in line:
+            world.execute("delete from people where id = 'p01'")
+
+    found = world.reconcile(say=meddle)
+
+    assert (drift(found), found.count("in_flight")) == ((0, 0, 1), 1)
+
+
 def test_what_is_settled_and_wrong_all_the_same_is_drift_though_others_move(world: World) -> None:
     world.fill(5)
     world.api.records["p04"]["name"] = "wrong"
