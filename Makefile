@@ -5,7 +5,7 @@ READY := .venv/.ready
 SOAK_SECONDS ?= 600
 
 .PHONY: demo dev test check soak bench bench-throughput bench-peers bench-latency bench-growth bench-backlog \
-	bench-isolation bench-reconciliation env clean
+	bench-isolation bench-reconciliation bench-plots env clean
 
 demo: $(READY)  ## the main job, end to end, on real data
 	$(BIN)/python -m demo
@@ -25,7 +25,7 @@ soak: $(READY)  ## writers, Dagster and failing targets for SOAK_SECONDS, killin
 	$(BIN)/python -m soak --seconds $(SOAK_SECONDS)
 
 bench: bench-throughput bench-peers bench-latency bench-growth bench-backlog bench-isolation \
-	bench-reconciliation  ## all that follows
+	bench-reconciliation bench-plots  ## all that follows
 
 bench-throughput: $(READY)  ## how many records a second, at what cost?
 	$(BIN)/python -m benchmarks.throughput --job
@@ -47,6 +47,16 @@ bench-latency: $(READY)  ## how soon is a change at the target, and what does a 
 
 bench-reconciliation: $(READY)  ## what does it cost to compare a million records with the source?
 	$(BIN)/python -m benchmarks.reconciliation
+
+# What is looked at is varied, all else is as ever; at once and with 50 ms.
+SWEEP := $(BIN)/python -m benchmarks.throughput --variant rows --rounds 1 --latency 0 0.05
+MEASURED := .data/benchmarks
+
+bench-plots: $(READY)  ## throughput by requests in flight, batch size and number of targets, drawn into docs/images/
+	$(SWEEP) --targets 2 --in-flight 1 2 4 8 16 32 --json $(MEASURED)/by-in-flight.json
+	$(SWEEP) --targets 2 --batch 10 30 100 300 1000 --json $(MEASURED)/by-batch.json
+	$(SWEEP) --targets 1 2 4 8 16 --json $(MEASURED)/by-targets.json
+	$(BIN)/python -m benchmarks.plots
 
 env: $(READY)  ## the environment alone
 
