@@ -478,3 +478,17 @@ def test_each_drain_has_a_name_that_an_operator_can_find(subject: PostgresSubjec
             "select count(*) from pg_stat_activity where datname = current_database() and application_name = %s",
             "distributary drain crm",
         ) == [(1,)]
+
+
+def test_a_key_that_is_too_long_for_an_index_has_its_dead_letter(subject: PostgresSubject) -> None:
+    """Random, so that it is not compressed: an index on the key itself would take 2,704 bytes."""
+    key = "".join(Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=6000))
+    subject.ledger.register({"crm": "beginning"})
+    subject.append(key=key)
+    with subject.open("crm") as crm:
+        (change,) = read(crm).records
+        (batch_id,) = crm.claim(Window(claims=[claim_of(change)]))
+
+        crm.settle([Settlement(batch_id=batch_id, dead=[DeadRecord(change=change, reason="422")])])
+
+        assert crm.blocked([("customers", key)]) == {("customers", key): change.change_id}

@@ -23,6 +23,7 @@ limit %(limit)s
 update distributary.dead_letter d
 set state = 'redriven', updated_at = clock_timestamp(), run_id_closed = %(run_id)s
 where d.target = %(target)s and d.stream = %(stream)s and d.key = any(%(key_list)s) and d.state = 'open'
+  and hashtextextended(d.key, 0) = any(array(select hashtextextended(k, 0) from unnest(%(key_list)s::text[]) as k))
   and (%(whole)s or {selected})
 returning d.change_id
 

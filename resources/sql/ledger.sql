@@ -108,6 +108,7 @@ select d.stream, d.key, min(d.change_id)
 from unnest(%(streams)s::text[], %(record_keys)s::text[]) as k (stream, key)
 join distributary.dead_letter d
   on d.target = %(target)s and d.stream = k.stream and d.key = k.key and d.state = 'open'
+  and hashtextextended(d.key, 0) = hashtextextended(k.key, 0)  -- as it is indexed: a key may be too long for that
 group by d.stream, d.key
 
 -- name: decided
@@ -288,6 +289,7 @@ from (
     group by stream, key
 ) a
 where d.target = %(target)s and d.stream = a.stream and d.key = a.key and d.state = 'open' and d.change_id < a.change_id
+  and hashtextextended(d.key, 0) = hashtextextended(a.key, 0)
 
 -- name: hold
 update distributary.target_state
