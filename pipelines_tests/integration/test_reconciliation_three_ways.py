@@ -1,6 +1,9 @@
 """Reconciliation on the command line, as the example says it, and as the UI launches it: assets, checks, the job."""
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -27,13 +30,25 @@ class Crm:
 
     def __init__(self, api: HttpApi) -> None:
         self.customers: dict[int, dict[str, Any]] = {}
+        self.api = api
+        self.withhold: threading.Event | None = None
+        """Until it is set, the page after customer 31 does not come."""
         api.script(self._answer)
 
     def _answer(self, request: Request) -> Reply:
-        if request.method == "GET":
-            after = int(parse_qs(urlsplit(request.path).query).get("after", ["0"])[0])
-            left = [self.customers[number] for number in sorted(self.customers) if number > after]
-            return Reply.json({"results": left[:10], "next": left[9]["id"] if len(left) > 10 else None})
+        if request.method != "GET":
+            return self._change(request)
+        after = int(parse_qs(urlsplit(request.path).query).get("after", ["0"])[0])
+        left = [self.customers[number] for number in sorted(self.customers) if number > after]
+        hold = self.withhold if after == 31 else None
+        return Reply.json({"results": left[:10], "next": left[9]["id"] if len(left) > 10 else None}, hold=hold)
+
+    @property
+    def pages(self) -> list[str]:
+        """Return what was asked for, page by page."""
+        return [request.path for request in self.api.requests if request.method == "GET"]
+
+    def _change(self, request: Request) -> Reply:
         if request.method == "DELETE":
             self.customers.pop(int(request.path.rpartition("/")[2]), None)
             return Reply()
@@ -102,6 +117,25 @@ def test_on_the_command_line(deployment: Deployment, source: psycopg.Connection,
 
     assert execute("reconciliation_job") == ["crm/customers  60 rows, 60 records: they agree"]
     assert crm.customers == {n: {"id": n, "name": f"C{n}"} for n in range(1, 61)}
+
+
+def test_a_run_that_was_killed_is_taken_up_at_its_last_page(
+    deployment: Deployment, source: psycopg.Connection, crm: Crm
+) -> None:
+    execute = ("job", "execute", "-m", "pipelines.definitions", "-j")
+    assert deployment.run(*execute, "delivery_job").returncode == 0
+    meddle(crm)
+    crm.withhold = threading.Event()
+    with deployment.started("dagster", *execute, "reconciliation_job") as (process, log):
+        wait_until(lambda: "/customers?after=31" in crm.pages, "the fourth page is asked for", log, seconds=120)
+        os.killpg(process.pid, signal.SIGKILL)
+    crm.withhold.set()
+    before = len(crm.pages)
+
+    done = deployment.run(*execute, "reconciliation_job")
+
+    assert done.stdout.splitlines() == ["crm/customers  60 rows, 60 records: 1 missing, 1 stale, 1 extra"]
+    assert crm.pages[before:] == ["/customers?after=31", "/customers?after=41", "/customers?after=51"]
 
 
 def test_in_the_ui(deployment: Deployment, source: psycopg.Connection, crm: Crm) -> None:
