@@ -107,10 +107,11 @@ def table(rows: Sequence[Sequence[Measured]]) -> str:
     for row in rows:
         one = row[0]
         shares = " ".join(f"{each.of_most:>16.0%} " for each in row[1:])
+        own = (f"{one.cpu_per_100k:.2f}", f"{one.peak_bytes / 1e6:.0f}") if one.sender_cpu else ("", "")
+        more = f"{one.cpu_per_100k / first.cpu_per_100k:.1f}x" if one.sender_cpu else ""
         lines.append(
-            f"{one.sender:<42} {one.per_second:>10,.0f} {one.cpu_per_100k:>15.2f} "
-            f"{one.database_cpu * 100_000 / one.workload.deliveries:>9.2f} {one.peak_bytes / 1e6:>8.0f} {shares}"
-            f"{first.per_second / one.per_second:>7.1f}x {one.cpu_per_100k / first.cpu_per_100k:>5.1f}x "
-            f"{max(each.count('stale') for each in row):>7,}"
+            f"{one.sender:<42} {one.per_second:>10,.0f} {own[0]:>15} "
+            f"{one.database_cpu * 100_000 / one.workload.deliveries:>9.2f} {own[1]:>8} {shares}"
+            f"{first.per_second / one.per_second:>7.1f}x {more:>6} {max(each.count('stale') for each in row):>7,}"
         )
     return "\n".join(lines)

@@ -145,10 +145,13 @@ def test_the_table_compares_with_ours() -> None:
     late = replace(ours.workload, latency=1.0)
     slow = replace(ours, sender="slow", seconds=3.0, sender_cpu=2.0, verdicts={"target_1": {"stale": 7}})
 
-    found = speed.table([[one, replace(one, workload=late)] for one in (ours, slow)]).splitlines()
+    unknown = replace(slow, sender="unknown", sender_cpu=0.0)
+
+    found = speed.table([[one, replace(one, workload=late)] for one in (ours, slow, unknown)]).splitlines()
 
     assert found[2].split() == ["distributary", "400", "250.00", "125.00", "5", "50%", "1.0x", "1.0x", "0"]
     assert found[3].split() == ["slow", "133", "500.00", "125.00", "5", "17%", "3.0x", "2.0x", "7"]
+    assert found[4].split() == ["unknown", "133", "125.00", "17%", "3.0x", "7"]
 
 
 TROUBLE = Workload(changes=1200, targets=2, batch=10, in_flight=3, versions=10, latency=0.005)
