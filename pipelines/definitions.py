@@ -25,10 +25,23 @@ from resources.dagster_resources import (
 from resources.system_clock import SystemClock
 from resources.target_files import FileTargetCatalog
 
+_kept: list[dg.Definitions] = []
+
+
+def keep() -> None:
+    """Make the definitions, for good: for a process that only forks others, whose files are those of now."""
+    made = _read()
+    made.get_repository_def().get_job(delivery_job.name)  # resolves what it shares with all jobs
+    _kept[:] = [made]
+
 
 @dg.definitions
 def definitions() -> dg.Definitions:
     """Read the configuration and say what there is; raises ClickException with ConfigError's sentences."""
+    return _kept[0] if _kept else _read()
+
+
+def _read() -> dg.Definitions:
     try:
         targets = FileTargetCatalog.load()
     except ConfigError as error:

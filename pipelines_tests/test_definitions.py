@@ -1,5 +1,6 @@
 """What a code location holds, and what loading it needs: files, and nothing else."""
 
+import json
 import re
 import subprocess
 import sys
@@ -142,3 +143,47 @@ def test_a_configuration_folder_that_does_not_exist_is_named(monkeypatch):
 
     with pytest.raises(click.ClickException, match="DISTRIBUTARY_CONFIG is '/nowhere/at/all', but there is no such"):
         definitions()
+
+
+# The process that a run's steps are forked from -----------------------------------------------------------------------
+
+_KEPT = """
+import importlib, json, sys
+from pipelines.delivery.jobs import PRELOAD
+missing = []
+for name in PRELOAD:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        missing.append(name)
+from pathlib import Path
+from pipelines import definitions
+kept = bool(definitions._kept)
+same = kept and definitions.definitions() is definitions.definitions()
+with_job = same and definitions.definitions().get_job_def("delivery_job").name
+print(json.dumps({"missing": missing, "kept": kept, "same": same, "job": with_job}))
+"""
+
+
+def what_the_steps_server_has() -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-c", _KEPT], capture_output=True, text=True, cwd=ROOT, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def test_the_process_that_steps_are_forked_from_makes_the_definitions_once(config: Path) -> None:
+    """Its server passes over a module that is missing without a word."""
+    assert what_the_steps_server_has() == {"missing": [], "kept": True, "same": True, "job": "delivery_job"}
+
+
+def test_where_they_cannot_be_made_nothing_is_kept_and_each_step_says_why(config: Path) -> None:
+    (config / "source.yaml").write_text("tables: {people: {}}\n")
+
+    assert what_the_steps_server_has() == {"missing": [], "kept": False, "same": False, "job": False}
+
+
+def test_elsewhere_nothing_is_kept(config: Path) -> None:
+    """A reload is to see the files as they are now."""
+    first = definitions()
+    (config / "targets" / "crm.yaml").unlink()
+
+    assert definitions() is not first
