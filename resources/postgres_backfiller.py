@@ -1,5 +1,6 @@
 """Backfills in Postgres, behind the port of `pipelines.operating.backfilling`."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -10,10 +11,11 @@ from pipelines.changes.config import SourceConfig
 from pipelines.operating.backfilling import Backfill, Backfiller, BackfillProgress, CannotBackfill
 from resources.captured_table import CaptureRefused, find_tables
 from resources.database import connect
-from resources.source_rows import SourceBusy, SourceRows
+from resources.source_rows import SourceRows
 from resources.sql import statements
 
 _AT_ONCE = 1000
+_PAUSE = 10.0
 
 
 class PostgresBackfiller(Backfiller):
@@ -53,12 +55,12 @@ class PostgresBackfiller(Backfiller):
             # Kept by the server, outside of any transaction: nobody's vacuum waits for it.
             with connection.cursor(name="backfill", withhold=True) as cursor:
                 cursor.execute(self._sql[what], {**of_this, "position": place})
-                while part := [one for (one,) in cursor.fetchmany(_AT_ONCE)]:
-                    step = {**of_this, "position": str(part[-1])}
+                while part := cursor.fetchmany(_AT_ONCE):
+                    step = {**of_this, "position": str(part[-1][0])}
                     if rows is None:
-                        appended += self._append_events(connection, step, part)
+                        appended += self._append_events(connection, step, [change_id for (change_id,) in part])
                     else:
-                        for more in self._append_states(connection, step, part, rows):
+                        for more in self._append_states(connection, step, dict(part), rows):
                             appended += more
                             yield BackfillProgress(appended=appended, done=False)
                     yield BackfillProgress(appended=appended, done=False)
@@ -73,18 +75,23 @@ class PostgresBackfiller(Backfiller):
         return appended
 
     def _append_states(
-        self, connection: psycopg.Connection, step: Mapping[str, Any], part: Sequence[str], rows: SourceRows
+        self, connection: psycopg.Connection, step: Mapping[str, Any], latest: Mapping[str, int], rows: SourceRows
     ) -> Iterator[int]:
-        """Yield what was appended once all of *part* was, and 0 as often as others' locks were in the way."""
-        while True:
-            try:
-                # Interrupted before the next statement, these keys' states are appended once more.
-                appended = rows.append_states(target=step["target"], keys=part)
-                break
-            except SourceBusy:
-                yield 0
+        """Append the states of the keys of *latest*, each with its latest change then; yield how many more."""
+
+        def as_they_were() -> Mapping[str, Any]:
+            found = connection.execute(self._sql["payloads"], {"change_ids": list(latest.values())})
+            return dict(found.fetchall())
+
+        appended = 0
+        for more in rows.append_states(target=step["target"], keys=list(latest), payloads=as_they_were):
+            appended += more
+            yield more
+            if not more:
+                # Writers queue behind whoever waits for the table: they are left in peace for longer than that.
+                time.sleep(_PAUSE)
+        # Interrupted before this, these keys' states are appended once more.
         connection.execute(self._sql["advance"], {**step, "appended": appended})
-        yield appended
 
     def _rows_of(self, connection: psycopg.Connection, stream: str) -> SourceRows:
         config = self._source.tables.get(stream)

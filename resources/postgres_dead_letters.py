@@ -100,7 +100,9 @@ class PostgresDeadLetters(DeadLetters):
         try:
             if rows.seem_absent(keys):
                 with connection.transaction():
-                    absent = rows.append_absent(target=target, keys=keys)
+                    # A delete is to hold the row as it was: a template may name more than the key.
+                    found = connection.execute(self._sql["payloads"], {**parameters, "key_list": list(keys)})
+                    absent = rows.append_absent(target=target, keys=keys, payloads=dict(found.fetchall()))
                     closed = self._close(connection, parameters, sorted(absent))
                 yield Redriven(closed=len(closed), appended=len(absent))
         except SourceBusy as busy:

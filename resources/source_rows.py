@@ -8,7 +8,7 @@ wait for one that is held while it holds the one that is waited for, and Postgre
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,17 +157,38 @@ class SourceRows:
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             raise SourceBusy(f"{self._table.stream}: {error.diag.message_primary}") from None
 
-    def append_states(self, *, target: str, keys: Sequence[str]) -> int:
-        """Append what there is of each of *keys* now: its row, or that it has none; return how many; raises SourceBusy.
+    def append_states(
+        self, *, target: str, keys: Sequence[str], payloads: Callable[[], Mapping[str, Any]] = dict
+    ) -> Iterator[int]:
+        """Append what there is of each of *keys* now, its row or that it has none; yield how many more are committed.
 
-        In several transactions, so that none waits while it holds a row; what is committed before SourceBusy stands.
+        In several transactions, so that none waits while it holds a row. Where a lock of others is in the way it yields
+        0, and tries what is left again when it is asked to go on. *payloads*, asked only if some seem to have no row,
+        has rows as they were, as for `append_absent`.
         """
-        absent = self.append_absent(target=target, keys=keys) if self.seem_absent(keys) else set()
-        keys = [key for key in dict.fromkeys(keys) if key not in absent]
-        present = self.append_present(target=target, keys=keys) if keys else set()
-        # One that is deleted in between is in the log as it is, for all targets.
-        late = sum(self.append_one(target=target, key=key) for key in keys if key not in present)
-        return len(absent) + len(present) + late
+        left = list(dict.fromkeys(keys))
+        while left and self.seem_absent(left):
+            try:
+                absent = self.append_absent(target=target, keys=left, payloads=payloads())
+            except SourceBusy:
+                yield 0
+                continue
+            left = [key for key in left if key not in absent]
+            yield len(absent)
+            break
+        if left:
+            present = self.append_present(target=target, keys=left)
+            left = [key for key in left if key not in present]
+            yield len(present)
+        while left:
+            try:
+                # One that is deleted in between is in the log as it is, for all targets.
+                appended = self.append_one(target=target, key=left[0])
+            except SourceBusy:
+                yield 0
+                continue
+            del left[0]
+            yield int(appended)
 
     def seem_absent(self, keys: Sequence[str]) -> bool:
         """Say whether some of *keys* seem to have no row; if not, `append_absent` and its lock are not needed."""

@@ -78,7 +78,13 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
                 f"{target}: {appended} records were appended, and are delivered once it is well: {report.reason}",
                 allow_retries=False,
             )
-        return dg.MaterializeResult(metadata={"sent again": appended, "dead": report.total("dead"), **missing})
+        if dead := report.total("dead"):
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(report.refusals.items()))
+            raise dg.Failure(
+                f"{target}: {appended} records were appended and {dead} dead-lettered ({reasons}); see dead_letters.",
+                allow_retries=False,
+            )
+        return dg.MaterializeResult(metadata={"sent again": appended, **missing})
 
     return send_again
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -32,8 +32,9 @@ class World:
         self.connection, self.url = connection, url
         self.status = 200
         self.target = ScriptedTarget(lambda _: self.status)
-        routes = {"people": {"mode": mode, "upsert": {"path": "/people"}, "delete": {"path": "/people/${_key}"}}}
-        config = target_config("crm", routes=routes, **target)
+        delete = {"path": "/people/${_key}", "record": {"name": "$name", "gone": True}}
+        routes = {"people": {"mode": mode, "upsert": {"path": "/people"}, "delete": delete}}
+        config = target_config("crm", routes=routes, dead_letter_guard=1, **target)
         (self.asset,) = sync_assets([config])
         self.resources: dict[str, Any] = {
             "ledger": PostgresLedger(url),
@@ -58,7 +59,7 @@ class World:
         )
 
     def deliver(self) -> list[tuple[str, str, str]]:
-        """Run `delivery_job`; return method, name or path, and key of what the target was sent."""
+        """Run `delivery_job`; return method, name and idempotency key of what the target was sent."""
         before = len(self.target.sent)
         delivery_job.execute_in_process(resources=self.resources, raise_on_error=False)
         return self.sent(before)
@@ -77,7 +78,7 @@ class World:
         return [
             (
                 request.request.method,
-                json.loads(request.body)["name"] if request.body else request.path,
+                json.loads(request.body)["name"],
                 str(request.key),
             )
             for request in self.target.sent[since:]
@@ -112,7 +113,7 @@ def test_of_a_route_of_states_the_keys_of_those_days_are_sent_as_they_are_now(
     done, sent = world.materialize(1, 1)
 
     assert done.success
-    assert sorted(told(sent)) == [("DELETE", "/people/3"), ("POST", "Bea B.")]
+    assert sorted(told(sent)) == [("DELETE", "Cyd"), ("POST", "Bea B.")]
     (event,) = [event for event in done.get_asset_materialization_events() if event.partition == "2026-03-02"]
     assert event.materialization.metadata["sent again"].value == 2
     assert world.resources["ledger"].conservation("crm").holds
@@ -130,7 +131,7 @@ def test_of_a_route_of_events_they_are_sent_themselves_in_order_under_their_own_
 
     assert done.success
     assert sent == first[1:4]
-    assert told(sent) == [("POST", "Ada B."), ("POST", "Bea"), ("DELETE", "/people/1")]
+    assert told(sent) == [("POST", "Ada B."), ("POST", "Bea"), ("DELETE", "Ada B.")]
 
 
 def test_a_replay_is_not_replayed(database: str, connection: psycopg.Connection):
@@ -180,6 +181,49 @@ def test_a_target_that_was_never_delivered_to_is_named(database: str, connection
     done, sent = world.materialize(0, 0)
 
     assert (done.success, sent) == (False, [])
+
+
+def test_what_is_refused_fails_the_run(database: str, connection: psycopg.Connection):
+    world = World(database, connection, mode="state")
+    world.write("1", "Ada", day=0)
+    world.write("2", "Bea", day=0)
+    world.deliver()
+    world.status = 422
+
+    done, _ = world.materialize(0, 0)
+
+    assert not done.success
+    (failure,) = [event for event in done.all_events if event.event_type_value == "STEP_FAILURE"]
+    assert "2 records were appended and 2 dead-lettered (2 x answered 422); see dead_letters" in str(
+        failure.event_specific_data
+    )
+
+
+def test_a_row_that_others_hold_for_long_is_waited_for_and_the_others_are_appended_once(
+    database: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("resources.source_rows._LOCK_TIMEOUT", "20ms")
+    monkeypatch.setattr("resources.postgres_backfiller._PAUSE", 0.01)
+    world = World(database, connection, mode="state")
+    for key in "abcdefg":
+        world.write(key, key.upper(), day=0)
+    world.deliver()
+    since = datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC)
+    backfill = Backfill(target="crm", stream="people", mode="state", since=since, until=since + timedelta(days=1))
+    steps = world.resources["backfiller"].run(backfill, run_id="run")
+    with psycopg.connect(database) as writer:
+        writer.execute("update people set name = 'newer' where id = 'd'")
+        waited = [next(steps).appended for _ in range(5)]
+        writer.commit()
+    last = list(steps)[-1]
+
+    assert waited == [6] * 5
+    assert (last.appended, last.done) == (7, True)
+    addressed = connection.execute(
+        "select key from distributary.change_log where target is not null order by change_id"
+    ).fetchall()
+    assert sorted(key for (key,) in addressed) == list("abcdefg")
+    assert addressed[-1] == ("d",)
 
 
 @pytest.mark.parametrize("status", ["paused", "disabled"])

@@ -21,7 +21,12 @@ from resources.postgres_loader import PostgresLoader
 from resources.system_clock import SystemClock
 
 SOURCE = SourceConfig.model_validate({"tables": {"people": {"key": "id"}}})
-ONE_BY_ONE = {"people": {"upsert": {"path": "/people"}, "delete": {"path": "/people/${_key}"}}}
+ONE_BY_ONE = {
+    "people": {
+        "upsert": {"path": "/people"},
+        "delete": {"path": "/people/${_key}", "record": {"name": "$name", "gone": True}},
+    }
+}
 
 
 class World:
@@ -109,6 +114,19 @@ def test_what_is_redriven_is_delivered_as_it_is_now(world: World, said: Callable
     assert said()[-1] == "1 redriven; records to be delivered: 1."
     assert world.deliver() == [("POST", b'{"id": "a", "name": "Ada"}')]
     assert world.states() == {"a": "redriven", "b": "open"}
+
+
+def test_of_a_record_that_is_gone_a_delete_goes_with_the_row_as_it_was(world: World) -> None:
+    world.write("a", "Ada")
+    world.refused = {"Ada"}
+    world.deliver()
+    world.connection.execute("alter table people disable trigger all")
+    world.connection.execute("delete from people")
+    world.refused = set()
+
+    world.redrive(dry_run=False)
+
+    assert world.deliver() == [("DELETE", b'{"name":"Ada","gone":true}')]
 
 
 def test_what_is_refused_again_is_open_again(world: World) -> None:

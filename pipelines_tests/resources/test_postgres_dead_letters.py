@@ -84,7 +84,7 @@ def test_a_state_is_redriven_as_the_source_has_it_now(
     steps = list(letters.redrive(Selection(), STATE, run_id="run"))
 
     assert sorted(addressed(connection)) == [
-        ("delete", "b", None, None),
+        ("delete", "b", "old", None),  # the row as it was
         ("snapshot", "a", "newoldold", None),
         ("snapshot", "c", "old", None),
     ]

@@ -88,7 +88,7 @@ def test_excluded_columns_stay_out(connection: psycopg.Connection) -> None:
     connection.execute("insert into people values (1, 'x')")
 
     table.append_one(target="crm", key="1")
-    table.append_states(target="crm", keys=["1"])
+    list(table.append_states(target="crm", keys=["1"]))
 
     assert [payload for _, _, payload in log(connection, target="crm")] == [{"id": 1}, {"id": 1}]
 
@@ -106,7 +106,7 @@ def test_what_has_no_row_is_appended_as_a_delete(
     connection.execute("alter table things disable trigger all")
     connection.execute(f"delete from things where ({names}) = (select {names} from things order by 1 limit 1)")  # type: ignore[call-overload]
 
-    table.append_states(target="crm", keys=keys)
+    list(table.append_states(target="crm", keys=keys))
 
     appended = {key: (operation, payload) for operation, key, payload in log(connection, target="crm")}
     assert set(appended) == set(keys)
@@ -222,9 +222,35 @@ def test_a_writer_that_never_ends_makes_it_give_up_and_not_the_application(
         writer.execute("insert into people values (1)")
 
         with pytest.raises(SourceBusy, match="people: canceling statement due to lock timeout"):
-            table.append_states(target="crm", keys=["1", "2"])
+            table.append_absent(target="crm", keys=["1", "2"])
 
     assert log(connection, target="crm") == []
+
+
+def test_what_waits_for_others_repeats_nothing_that_is_done(
+    connection: psycopg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it finds them at it: each key is appended once, the one that was waited for last."""
+    monkeypatch.setattr("resources.source_rows._LOCK_TIMEOUT", "50ms")
+    table = watch(connection, "people", "create table people (id int primary key)")
+    connection.execute("insert into people values (1), (2), (3)")
+    with psycopg.connect(database) as writer:
+        writer.execute("update people set id = id where id = 2")
+        steps = table.append_states(target="crm", keys=["1", "2", "3"])
+
+        assert [next(steps) for _ in range(4)] == [2, 0, 0, 0]
+        writer.commit()
+        assert list(steps) == [1]
+
+        writer.execute("insert into people values (9)")
+        steps = table.append_states(target="crm", keys=["9", "1"])
+        assert [next(steps) for _ in range(3)] == [0, 0, 0]
+        writer.rollback()
+        assert list(steps) == [1, 1]
+
+    told = [(operation, key) for operation, key, _ in log(connection, target="crm")]
+    assert sorted(told[:2]) == [("snapshot", "1"), ("snapshot", "3")]
+    assert told[2:] == [("snapshot", "2"), ("delete", "9"), ("snapshot", "1")]
 
 
 def test_beside_writers_no_older_state_ever_comes_after_a_newer_one(
@@ -255,8 +281,8 @@ def test_beside_writers_no_older_state_ever_comes_after_a_newer_one(
             after: Sequence[str | None] | None = None
             while found := table.next_keys(after=after, limit=7):
                 after = found[-1].position
-                table.append_states(target="crm", keys=[one.key for one in found])
-            table.append_states(target="crm", keys=[str(n) for n in range(1, 46)])
+                list(table.append_states(target="crm", keys=[one.key for one in found]))
+            list(table.append_states(target="crm", keys=[str(n) for n in range(1, 46)]))
     finally:
         done.set()
         for thread in writers:
@@ -303,7 +329,7 @@ def test_writers_of_many_rows_and_we_never_wait_for_each_other_in_a_circle(
     writer.start()
     try:
         for _ in range(60):
-            table.append_states(target="crm", keys=keys)
+            list(table.append_states(target="crm", keys=keys))
     finally:
         done.set()
         writer.join(30)

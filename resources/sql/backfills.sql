@@ -16,12 +16,16 @@ set position = case when b.state = 'running' then b.position end,
 returning position, appended
 
 -- name: keys
-select distinct l.key collate "C" as key
+select l.key collate "C" as key, max(l.change_id) as latest
 from distributary.change_log l
 where l.stream = %(stream)s and l.changed_at >= %(since)s and l.changed_at < %(until)s
   and (l.target is null or l.target = %(target)s)
   and l.key collate "C" > coalesce(%(position)s::text, '')
-order by key
+group by l.key collate "C"
+order by l.key collate "C"
+
+-- name: payloads
+select l.key, l.payload from distributary.change_log l where l.change_id = any(%(change_ids)s)
 
 -- name: events
 select l.change_id

@@ -27,6 +27,14 @@ where d.target = %(target)s and d.stream = %(stream)s and d.key = any(%(key_list
   and (%(whole)s or {selected})
 returning d.change_id
 
+-- name: payloads
+-- Of each key's letters that are open, what the latest change holds.
+select distinct on (d.key) d.key, l.payload
+from distributary.dead_letter d
+join distributary.change_log l on l.change_id = d.change_id
+where d.target = %(target)s and d.stream = %(stream)s and d.key = any(%(key_list)s) and d.state = 'open'
+order by d.key, d.change_id desc
+
 -- name: append_originals
 -- In their order, as they were: a replay has its original's idempotency key, and so must have its body. What is itself
 -- a replay stands for its original.
