@@ -67,7 +67,7 @@ def example(name: str) -> dict[str, Any]:
 
 
 def test_on_the_command_line(deployment: Deployment, source: psycopg.Connection, crm: Crm):
-    """Each example as it stands: preview, load, deliver, redrive, send a day again, prune."""
+    """Each example as it stands: preview, load, deliver, discard, redrive, send a day again, prune."""
 
     def execute(job: str, config: str | None = None) -> str:
         arguments = ["job", "execute", "-m", "pipelines.definitions", "-j", job]
@@ -76,9 +76,9 @@ def test_on_the_command_line(deployment: Deployment, source: psycopg.Connection,
         return done.stdout
 
     assert execute("initial_load_job", "initial_load") == "crm/customers  5 rows appended\n"
-    source.execute("insert into customers values (6, 'Nobody', 'secret@example.org')")
+    source.execute("insert into customers select n, 'Nobody', 'secret@example.org' from generate_series(6, 7) n")
     shown = execute("preview_job", "preview")
-    assert "crm: of 6 changes that are owed\n  customers upsert: 6 in " in shown
+    assert "crm: of 7 changes that are owed\n  customers upsert: 7 in " in shown
     assert "example.org" not in shown
     assert crm.api.requests == []
 
@@ -87,8 +87,11 @@ def test_on_the_command_line(deployment: Deployment, source: psycopg.Connection,
     assert crm.given() == [1, 2, 3, 4, 5]
 
     crm.mended.set()
+    assert "2 would be redriven." in execute("redrive_job")
+    assert "1 discarded: a test record" in execute("redrive_job", "discard")
     assert "1 redriven; records to be delivered: 1." in execute("redrive_job", "redrive")
     execute("delivery_job")
+    assert crm.given() == [1, 2, 3, 4, 5, 6]
     assert crm.held()[6] == "Nobody"
 
     today = datetime.now(UTC).date().isoformat()
@@ -96,7 +99,7 @@ def test_on_the_command_line(deployment: Deployment, source: psycopg.Connection,
     selection = ["--select", "crm/customers", "--partition-range", days]
     done = deployment.run("asset", "materialize", "-m", "pipelines.definitions", *selection)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert crm.given() == sorted([*range(1, 7), *range(1, 7)])
+    assert crm.given() == sorted([*range(1, 7), *range(1, 8)])
 
     source.execute("update distributary.change_log set changed_at = changed_at - interval '40 days'")
     source.execute("update distributary.batch set finished_at = finished_at - interval '40 days'")
@@ -152,7 +155,7 @@ def test_in_the_ui(deployment: Deployment, source: psycopg.Connection, crm: Crm)
 
 
 def test_the_examples_are_all_tried_here():
-    tried = {"initial_load", "preview", "redrive", "prune"}
+    tried = {"initial_load", "preview", "discard", "redrive", "prune"}
     others = {"reconciliation"}  # in test_reconciliation.py
 
     assert {path.stem for path in Path(EXAMPLES).glob("*.yaml")} - others == tried
