@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, cast
@@ -286,17 +287,18 @@ class PostgresTargetLedger(TargetLedger):
         dead = [record for s in settlements for record in s.dead]
         settled = accepted + filtered + [record.change.change_id for record in dead]
         self._refuse_repeats(settled)
+        batches = _by_batch(settlements)
         with self._connection.transaction():
             written = self._execute(
                 "settle",
-                batch_ids=[s.batch_id for s in settlements],
-                set_aside=[s.set_aside for s in settlements],
-                accepted_each=[len(s.accepted) for s in settlements],
-                dead_each=[len(s.dead) for s in settlements],
-                attempts=[s.attempts for s in settlements],
-                statuses=[s.status for s in settlements],
-                latencies=[None if s.seconds is None else s.seconds * 1000 for s in settlements],
-                errors=[s.error and _storable(s.error) for s in settlements],
+                batch_ids=[s.batch_id for s in batches],
+                set_aside=[s.set_aside for s in batches],
+                accepted_each=[len(s.accepted) for s in batches],
+                dead_each=[len(s.dead) for s in batches],
+                attempts=[s.attempts for s in batches],
+                statuses=[s.status for s in batches],
+                latencies=[None if s.seconds is None else s.seconds * 1000 for s in batches],
+                errors=[s.error and _storable(s.error) for s in batches],
                 settled=_multirange(settled),
                 accepted=len(accepted),
                 filtered=len(filtered),
@@ -357,6 +359,29 @@ def _laid_end_to_end(claims: Sequence[Claim]) -> tuple[list[int], list[int], lis
         members += [change.change_id for change in claim.changes]
     lasts = [first - 1 for first in firsts[1:]] + [len(members)] if firsts else []
     return members, firsts, lasts
+
+
+def _by_batch(settlements: Sequence[Settlement]) -> Sequence[Settlement]:
+    """Return one for each batch: a statement updates a row once, and would lose what is told of it a second time."""
+    found: dict[int, Settlement] = {}
+    for one in settlements:
+        before = found.get(one.batch_id)
+        found[one.batch_id] = one if before is None else _added(before, one)
+    return list(found.values())
+
+
+def _added(first: Settlement, then: Settlement) -> Settlement:
+    return replace(
+        then,
+        accepted=[*first.accepted, *then.accepted],
+        dead=[*first.dead, *then.dead],
+        filtered=[*first.filtered, *then.filtered],
+        set_aside=first.set_aside or then.set_aside,
+        attempts=first.attempts + then.attempts,
+        status=first.status if then.status is None else then.status,
+        seconds=first.seconds if then.seconds is None else then.seconds,
+        error=first.error if then.error is None else then.error,
+    )
 
 
 def _array(ids: Sequence[int]) -> str:

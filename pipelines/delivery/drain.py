@@ -35,6 +35,7 @@ from pipelines.delivery.target import TargetClient
 _COLLECT_AFTER = (50_000, 20, 100)
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
+_BETWEEN_COMMITS = 0.05
 _LONGEST_DEAF = 0.2
 _HEARTBEAT = 1.0
 
@@ -254,11 +255,12 @@ class _Loop:
         self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
+        self._done: list[_Work] = []  # held until what became of them is written
         self._outstanding = 0
-        self._outstanding_records = 0
-        self._outstanding_bytes = 0
+        self._held_records = 0
+        self._held_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
-        self._touched_at = now
+        self._touched_at = self._committed_at = now
         self._learned: dict[tuple[str, str], int] = {}
         self._holds = KeyHolds()
         self._blocking = frozenset(stream for stream, route in routes.items() if route.on_dead == "block")
@@ -400,9 +402,9 @@ class _Loop:
         """Read on while there is known to be more and room for it; else now and then, and whenever idle."""
         if not self._outstanding:
             return True
-        if self._outstanding_records > self._limits.window_records // 2:
+        if self._held_records > self._limits.window_records // 2:
             return False
-        if self._outstanding_bytes > self._limits.window_bytes // 2:
+        if self._held_bytes > self._limits.window_bytes // 2:
             return False
         return self._more or self._clock.monotonic() - self._read_at >= self._limits.poll_seconds
 
@@ -425,8 +427,8 @@ class _Loop:
         if self._holds.blocks_unwritten:
             return  # first the refusal, then what is dead because of it
         pending = self._ledger.pending(
-            max_records=self._limits.window_records - self._outstanding_records,
-            max_bytes=self._limits.window_bytes - self._outstanding_bytes,
+            max_records=self._limits.window_records - self._held_records,
+            max_bytes=self._limits.window_bytes - self._held_bytes,
         )
         self._more, self._read_at = not pending.complete, self._clock.monotonic()
         self._read_nothing = not pending.records
@@ -466,8 +468,8 @@ class _Loop:
             for lane in self._lanes:
                 lane.start()
         self._outstanding += 1
-        self._outstanding_records += len(work.batch.changes)
-        self._outstanding_bytes += work.bytes
+        self._held_records += len(work.batch.changes)
+        self._held_bytes += work.bytes
         self._batch_of_key.update(zip(work.keys, repeat(work.batch)))
         number = work.batch.lane % len(self._lanes)
         self._records_of_lane[number] += len(work.batch.changes)
@@ -510,19 +512,22 @@ class _Loop:
                 raise DrainEnded
 
     def _settle_some(self) -> None:
-        """Wait a moment for a result, then write down all there are in one commit.
+        """Take in what there is of results, or wait a moment for one; now and then write down all that is known.
 
-        What cannot be written stays in front of what comes later: else a later outcome of a key could be written and an
-        earlier one not, and the next drain would send the earlier state again, after the later.
+        At once if somebody waits for it, nothing more is under way, or much is held for it; else a while after the last
+        commit. What cannot be written stays in front of what comes later: else a later outcome of a key could be
+        written and an earlier one not, and the next drain would send the earlier state again, after the later.
         """
         with suppress(Empty):
-            self._arrived.append(self._results.get(timeout=_TICK))
+            wait = min(_TICK, self._seconds_until_commit()) if self._unwritten else _TICK
+            self._arrived.append(self._results.get(timeout=wait))
             while True:
                 self._arrived.append(self._results.get_nowait())
-        if not self._arrived:
+        idle = not self._arrived
+        if idle:
             self._keep_lock()
         broken: BaseException | None = None
-        told: list[_Told] = []
+        awaited: list[_Told] = []
         while self._arrived:
             result = self._arrived.popleft()
             if isinstance(result, BaseException):
@@ -535,9 +540,12 @@ class _Loop:
                 if result.done is not None:
                     self._take_in(*result.done)
                 self._unwritten.append(result.settlement)
-                told.append(result)
+                if result.settlement.dead:
+                    awaited.append(result)
+        if not (idle or awaited or broken or self._is_time_to_commit()):
+            return
         wrote = self._write_unwritten()
-        for one in told:
+        for one in awaited:
             one.written.put(None)
         if wrote and self._unwell and self._gate.healthy and self._gate.halt is None:
             self._ledger.resume()
@@ -545,19 +553,34 @@ class _Loop:
         if broken is not None:
             raise broken
 
+    def _seconds_until_commit(self) -> float:
+        return max(0.0, self._committed_at + _BETWEEN_COMMITS - self._clock.monotonic())
+
+    def _is_time_to_commit(self) -> bool:
+        return (
+            not self._outstanding
+            or self._unwell  # and perhaps no longer, which is to be known even if it is brief
+            or not self._seconds_until_commit()
+            or sum(len(work.batch.changes) for work in self._done) > self._limits.window_records // 4
+            or sum(work.bytes for work in self._done) > self._limits.window_bytes // 4
+        )
+
     def _write_unwritten(self) -> bool:
         """Write down what is known; say whether there was anything."""
         if not self._unwritten:
             return False
         self._write_down(self._unwritten)
         self._unwritten = []
+        for work in self._done:
+            self._held_records -= len(work.batch.changes)
+            self._held_bytes -= work.bytes
+        self._done = []
         return True
 
     def _take_in(self, work: _Work, sent: Sent) -> None:
         batch = work.batch
         self._outstanding -= 1
-        self._outstanding_records -= len(batch.changes)
-        self._outstanding_bytes -= work.bytes
+        self._done.append(work)
         self._records_of_lane[batch.lane % len(self._lanes)] -= len(batch.changes)
         for key in work.keys:
             if self._batch_of_key.get(key) is batch:
@@ -573,7 +596,7 @@ class _Loop:
 
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
         self._ledger.settle(settlements)
-        self._touched_at = self._clock.monotonic()
+        self._touched_at = self._committed_at = self._clock.monotonic()
         now = self._clock.now()
         for settlement in settlements:
             if settlement.dead and self._blocking:

@@ -585,6 +585,27 @@ def test_leftovers_are_what_was_claimed_as_it_was_claimed(subject: Subject) -> N
         assert read(crm).records == []
 
 
+def test_what_is_told_of_a_batch_in_parts_adds_up_though_it_is_written_at_once(
+    subject: Subject, crm: TargetLedger
+) -> None:
+    for key in "abc":
+        subject.append(key=key)
+    one, two, three = read(crm).records
+    (batch_id,) = crm.claim(Window(claims=[claim_of(one, two, three)]))
+
+    crm.settle(
+        [
+            Settlement(batch_id=batch_id, accepted=[one], attempts=1, status=207, error="one of them"),
+            Settlement(batch_id=batch_id, dead=[DeadRecord(change=two, reason="422")], attempts=2, status=422),
+            Settlement(batch_id=batch_id, filtered=[three], attempts=3),
+        ]
+    )
+
+    (row,) = subject.batches()
+    assert (row.state, row.accepted, row.dead, row.attempts) == ("settled", 1, 1, 6)
+    assert (row.status, row.error) == (422, "one of them")
+
+
 def test_of_a_partly_settled_batch_the_rest_is_left_over(subject: Subject, crm: TargetLedger) -> None:
     for n in range(4):
         subject.append(key=str(n))

@@ -811,7 +811,7 @@ def test_a_lost_lock_surfaces_and_nothing_more_is_written() -> None:
 
 
 def test_after_a_ledgers_failure_the_lanes_send_nothing_more() -> None:
-    ledger = a_ledger(300)
+    ledger = a_ledger(300, clock=SystemClock())
 
     def script(request: SentRequest) -> Step:
         if request.number == 0:
@@ -893,6 +893,42 @@ def test_what_lanes_are_told_while_the_drain_ends_is_settled_too() -> None:
     answered = {one for request in target.sent if request.lane != "lane-1" for one in members(request)}
     assert answered
     assert answered <= ledger.settled["api"]
+
+
+def test_outcomes_that_nobody_waits_for_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit for each of a slow target's answers costs more than all else; what is held for it stays bounded."""
+    ledger = a_ledger(60)  # on a clock that stands still, so that it is never time for one
+    commits: list[int] = []
+    working = FakeTargetLedger.settle
+
+    def counted(self: FakeTargetLedger, settlements: Sequence[Settlement]) -> None:
+        commits.append(sum(len(one.accepted) for one in settlements))
+        working(self, settlements)
+
+    monkeypatch.setattr(FakeTargetLedger, "settle", counted)
+    run(ledger, ScriptedTarget(), routes=SINGLY, limits=DrainLimits(window_records=40))
+
+    assert_conserved(ledger, accepted=60)
+    assert sum(commits) == 60
+    assert max(commits) <= 40
+    assert len(commits) <= 12
+
+
+def test_a_refusal_is_written_at_once() -> None:
+    """Its lane waits for that."""
+    ledger = a_ledger(30)
+    settled_by_then: list[int] = []
+
+    def script(request: SentRequest) -> Step:
+        if members(request) == [5]:
+            return 422
+        if members(request) == [6]:
+            settled_by_then.extend(ledger.settled["api"])
+        return 200
+
+    run(ledger, ScriptedTarget(script), routes=SINGLY)
+
+    assert set(settled_by_then) >= {1, 2, 3, 4, 5}
 
 
 def test_no_later_outcome_of_a_key_is_written_without_the_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
