@@ -10,7 +10,7 @@ unwell, others are sent first, so that a suspect does not stand for it; if it wa
 
 import gc
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -154,11 +154,11 @@ class _Work:
     """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
     bytes: int = field(init=False)
     """By which it counts towards the window."""
-    keys: Sequence[Key] = field(init=False)
+    keys: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bytes", sum([len(change.payload) for change in self.batch.changes]))
-        object.__setattr__(self, "keys", [key_of(change) for change in self.batch.changes])
+        object.__setattr__(self, "keys", [change.key for change in self.batch.changes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ class _Loop:
         )
         self._results: SimpleQueue[object] = SimpleQueue()
         self._lanes: list[_Lane] = []
-        self._batch_of_key: dict[Key, Batch] = {}  # of those in flight, the last with each key
+        self._in_flight: dict[str, dict[str, Batch]] = defaultdict(dict)  # by stream and key, the last batch
         self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
@@ -439,7 +439,7 @@ class _Loop:
             log_id=self._log_id,
             target=self._policy.target,
             routes=self._routes,
-            lanes=Lanes(batch_of_key=self._batch_of_key, records=self._records_of_lane),
+            lanes=Lanes(in_flight=self._in_flight, records=self._records_of_lane),
             max_records_of=self._max_records_of,
             blocked_keys=self._blocked(pending.records),
         )
@@ -470,7 +470,7 @@ class _Loop:
         self._outstanding += 1
         self._held_records += len(work.batch.changes)
         self._held_bytes += work.bytes
-        self._batch_of_key.update(zip(work.keys, repeat(work.batch)))
+        self._in_flight[work.batch.route.stream].update(zip(work.keys, repeat(work.batch)))
         number = work.batch.lane % len(self._lanes)
         self._records_of_lane[number] += len(work.batch.changes)
         self._lanes[number].work.put(work)
@@ -582,9 +582,10 @@ class _Loop:
         self._outstanding -= 1
         self._done.append(work)
         self._records_of_lane[batch.lane % len(self._lanes)] -= len(batch.changes)
+        in_flight = self._in_flight[batch.route.stream]
         for key in work.keys:
-            if self._batch_of_key.get(key) is batch:
-                del self._batch_of_key[key]
+            if in_flight.get(key) is batch:
+                del in_flight[key]
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:

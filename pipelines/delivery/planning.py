@@ -74,8 +74,8 @@ def claim_of(batch: Batch, *, log_id: UUID, target: str) -> Claim:
 class Lanes:
     """What a target's lanes are at, as far as the plan for more must know."""
 
-    batch_of_key: Mapping[Key, Batch] = field(default_factory=dict)
-    """For each key that is in flight, the last batch with it."""
+    in_flight: Mapping[str, Mapping[str, Batch]] = field(default_factory=dict)
+    """For each stream and each key of it that is in flight, the last batch with it."""
     records: Sequence[int] = (0,)
     """For each lane, how many records it has before it."""
 
@@ -256,6 +256,7 @@ class _Way:
     """Items are judged one by one."""
     max_records: int
     max_bytes: int
+    in_flight: Mapping[str, Batch]
 
 
 @dataclass(slots=True)
@@ -278,7 +279,7 @@ class _Batcher:
     """
 
     def __init__(self, lanes: Lanes, *, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
-        self._in_flight = lanes.batch_of_key
+        self._in_flight = lanes.in_flight
         self._records = list(lanes.records)
         self._max_records_of = max_records_of
         self._open: list[dict[_Kind, _Open]] = [{} for _ in lanes.records]
@@ -296,12 +297,12 @@ class _Batcher:
             judged_alone=operation is not None and operation.results is not None,
             max_records=0 if operation is None else self._max_records_of(route, operation),
             max_bytes=0 if operation is None else operation.max_bytes,
+            in_flight=self._in_flight.get(route.stream, {}),
         )
 
     def add(self, way: _Way, change: ChangeRecord, fragment: bytes) -> None:
-        key = (change.stream, change.key)
-        earlier = self._batch_of_key.get(key) if way.keyed else None
-        lane = self._lane_of(way, key) if earlier is None else earlier.lane
+        earlier = self._batch_of_key.get((change.stream, change.key)) if way.keyed else None
+        lane = self._lane_of(way, change.key) if earlier is None else earlier.lane
         batch = self._open[lane].get(way.kind)
         if earlier is not None and not earlier.closed and (earlier is not batch or way.judged_alone):
             # Where items are judged one by one, a second change of the key could be accepted and the first not.
@@ -317,12 +318,12 @@ class _Batcher:
         batch.fragments.append(fragment)
         batch.size += len(fragment) + 1
         if way.keyed:
-            self._batch_of_key[key] = batch
+            self._batch_of_key[(change.stream, change.key)] = batch
         if len(batch.changes) >= way.max_records:
             self._close_batch(batch)
 
-    def _lane_of(self, way: _Way, key: Key) -> int:
-        before = self._in_flight.get(key)
+    def _lane_of(self, way: _Way, key: str) -> int:
+        before = way.in_flight.get(key)
         if before is not None:
             return before.lane % len(self._open)  # of a leftover, there may have been more lanes once
         lane = self._filling.get(way.kind)

@@ -256,10 +256,10 @@ def lanes_of(plan: Plan) -> list[tuple[int, list[int]]]:
     return [(batch.lane, ids(batch.changes)) for batch in plan.batches]
 
 
-def in_flight(lane: int, *keys: str, stream: str = "customers") -> dict[tuple[str, str], Batch]:
+def in_flight(lane: int, *keys: str) -> dict[str, Batch]:
     """Return keys in flight in one batch on *lane*."""
     (batch,) = planned([change(1)], UPSERTS).batches
-    return dict.fromkeys([(stream, key) for key in keys], replace(batch, lane=lane))
+    return dict.fromkeys(keys, replace(batch, lane=lane))
 
 
 def test_what_is_not_in_flight_goes_in_order_to_the_lane_with_the_least_before_it() -> None:
@@ -277,20 +277,20 @@ def test_what_is_not_in_flight_goes_in_order_to_the_lane_with_the_least_before_i
 
 def test_a_key_in_flight_keeps_its_lane_however_much_that_has_before_it() -> None:
     """On another it could overtake the change before it."""
-    lanes = Lanes(batch_of_key=in_flight(1, "b", "d"), records=[0, 1000, 0])
+    lanes = Lanes(in_flight={"customers": in_flight(1, "b", "d")}, records=[0, 1000, 0])
     plan = planned([change(i, key) for i, key in enumerate("abcdef", 1)], UPSERTS, lanes=lanes)
 
     assert sorted(lanes_of(plan)) == [(0, [1, 3, 5]), (1, [2, 4]), (2, [6])]
 
 
 def test_a_key_of_another_stream_is_another_key() -> None:
-    lanes = Lanes(batch_of_key=in_flight(1, "a", stream="orders"), records=[0, 0])
+    lanes = Lanes(in_flight={"orders": in_flight(1, "a")}, records=[0, 0])
 
     assert lanes_of(planned([change(1, "a")], UPSERTS, lanes=lanes)) == [(0, [1])]
 
 
 def test_a_leftover_of_more_lanes_than_there_are_now_has_one_of_these() -> None:
-    lanes = Lanes(batch_of_key=in_flight(7, "a"), records=[0, 0, 0])
+    lanes = Lanes(in_flight={"customers": in_flight(7, "a")}, records=[0, 0, 0])
 
     assert lanes_of(planned([change(1, "a")], UPSERTS, lanes=lanes)) == [(7 % 3, [1])]
 
@@ -387,7 +387,7 @@ def test_a_plan_is_whole_ordered_and_within_its_bounds(
 ) -> None:
     records = _records(history)
     lanes = Lanes(
-        batch_of_key={key: batch for name, lane in flying.items() for key, batch in in_flight(lane, name).items()},
+        in_flight={"customers": {key: in_flight(lane, key)[key] for key, lane in flying.items()}},
         records=loads,
     )
     plan = planned(records, routes, lanes=lanes, at_most=at_most)
