@@ -1,5 +1,6 @@
 """What happened to one key of one stream."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple
 
@@ -23,3 +24,8 @@ class ChangeRecord(NamedTuple):
 def original_id(change: ChangeRecord) -> int:
     """Return what a target knows the change by: a replay has its original's key, so it must have its id in its body."""
     return change.change_id if change.replays is None else change.replays
+
+
+def original_ids(changes: Sequence[ChangeRecord]) -> list[int]:
+    """Return the original ids of many, in order: each is asked for with every request."""
+    return [change.change_id if change.replays is None else change.replays for change in changes]

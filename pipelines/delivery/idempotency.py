@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from uuid import UUID, uuid5
 
-from pipelines.changes.record import ChangeRecord, original_id
+from pipelines.changes.record import ChangeRecord, original_ids
 
 
 def idempotency_key(log_id: UUID, target: str, fingerprint: str, changes: Sequence[ChangeRecord]) -> UUID:
@@ -13,5 +13,5 @@ def idempotency_key(log_id: UUID, target: str, fingerprint: str, changes: Sequen
     ids, in order; a replayed change counts as its original. There is no attempt number and no run id in it, for a
     retry must not look like a new request. Another mapping is another key, so no target sees one key with two bodies.
     """
-    ids = ",".join(str(original_id(change)) for change in changes)
+    ids = ",".join(map(str, original_ids(changes)))
     return uuid5(log_id, f"{target}:{fingerprint}:{ids}")
