@@ -348,11 +348,21 @@ cross join lateral (
 order by s.target
 
 -- name: conservation
-select count(l.change_id) + s.pruned - s.before_start as captured,
-       s.accepted, s.superseded, s.filtered, s.dead,
-       count(l.change_id) filter (where s.claimed @> l.change_id) as claimed,
-       count(l.change_id) filter (where not (s.settled + s.claimed @> l.change_id)) as pending
-from distributary.target_state s
-left join distributary.change_log l on l.target is null or l.target = s.target
-where s.target = %(target)s
-group by s.target
+-- The sets are worked out once: as they are stored they would be unpacked, and added up, for each change of the log.
+with state as materialized (
+    select target, pruned, before_start, accepted, superseded, filtered, dead,
+           claimed + '{}'::int8multirange as claimed,
+           int8multirange(int8range(0, null)) - (settled + claimed) as gaps
+    from distributary.target_state
+    where target = %(target)s
+)
+select c.captured + s.pruned - s.before_start as captured,
+       s.accepted, s.superseded, s.filtered, s.dead, c.claimed, c.pending
+from state s
+cross join lateral (
+    select count(*) as captured,
+           count(*) filter (where s.claimed @> l.change_id) as claimed,
+           count(*) filter (where s.gaps @> l.change_id) as pending
+    from distributary.change_log l
+    where l.target is null or l.target = s.target
+) c
