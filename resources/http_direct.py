@@ -2,7 +2,7 @@
 
 httpx is asked where a request would go, and what headers go with all of them; what it would send itself (through a
 proxy of the environment, or a transport that a test gives it) it still does. For the rest its share of a request, some
-0.4 ms of CPU, is more than all else that a hundred records cost; here it is a tenth of that. The framing is llhttp's,
+0.4 ms of CPU, is more than all else that a hundred records cost; here it is a sixth of that. The framing is llhttp's,
 which Node.js reads answers with (`httptools`); connecting, TLS and the deadline are the wire's.
 """
 
