@@ -559,21 +559,26 @@ class Run:
         elif whole in ("credentials", "configuration", "gone"):
             self._no_longer_in_doubt(before)
         else:
+            # A 409 to a repeat whose outcome is not known may mean that the target is still at it: asked again, or not.
+            doubts = [before[one.change_id] for one in members]
+            repeat = all(doubt is not None and doubt.key == key for doubt in doubts)
+            final = bool(each) or not (repeat and reply.status == 409 and 409 not in rules.drop_on)
             for one, meaning in zip(members, each or [whole] * len(members), strict=True):
-                self.place.in_doubt.pop(one.change_id, None)
+                if final or meaning != "refused":
+                    self.place.in_doubt.pop(one.change_id, None)
                 self.seen["fault"] += bool(each) and meaning == "fault"
-                self._decide(one, meaning, key)
+                self._decide(one, meaning, key, final=final)
                 if meaning == "accepted" and one.change_id not in self.place.api.applied[one.row]:
                     self.place.believed.update(self._aliases(one))
 
-    def _decide(self, change: Change, meaning: Meaning, key: UUID) -> None:
+    def _decide(self, change: Change, meaning: Meaning, key: UUID, *, final: bool) -> None:
         ids = [alias for alias in self._aliases(change) if alias in self.place.book.claimed]
         if meaning == "accepted":
             self.place.acknowledged.update(ids)
         # An update that falls back on an insert, and the other way round, is refused for good by the second.
         if meaning in ("refused", "fallback"):
             self.place.refused.update(ids)
-        if meaning in ("accepted", "refused") and ids == [change.change_id]:
+        if meaning in ("accepted", "refused") and ids == [change.change_id] and (final or meaning == "accepted"):
             self.decided[change.change_id] = key
             if meaning == "refused":
                 self.dying.add(change.change_id)
