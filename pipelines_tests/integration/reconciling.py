@@ -19,6 +19,8 @@ from resources.capture import install_capture
 from resources.config_files import load_source
 
 ROOT = Path(__file__).parents[2]
+PLANES = "/buckets/fleet/collections/planes/records"
+"""Where the registry has them."""
 ROWS = {"airlines": 16, "airports": 150, "planes": 400, "flights": 300}
 
 
@@ -79,7 +81,36 @@ class World:
             self.board(f"delete from {table}")
         with self.registry() as client:
             for name in ("airlines", "airports", "planes"):
-                client.delete(f"/buckets/fleet/collections/{name}/records").raise_for_status()
+                _empty(client, f"/buckets/fleet/collections/{name}/records")
+
+    def delete_planes(self, target: str, *keys: str) -> None:
+        """Delete planes at a target, behind everybody's back; all if none is named."""
+        if target == "flight_board":
+            chosen = f" where tailnum in ({', '.join('?' * len(keys))})" if keys else ""
+            self.board(f"delete from planes{chosen}", *keys)
+            return
+        with self.registry() as client:
+            for key in keys:
+                client.delete(f"{PLANES}/{key}").raise_for_status()
+            if not keys:
+                _empty(client, PLANES)
+
+    def alter_plane(self, target: str, key: str) -> None:
+        """Give a plane at a target another model."""
+        if target == "flight_board":
+            self.board("update planes set model = 'x' where tailnum = ?", key)
+            return
+        with self.registry() as client:
+            client.patch(f"{PLANES}/{key}", json={"data": {"model": "x"}}).raise_for_status()
+
+    def add_plane(self, target: str, key: str) -> None:
+        """Make a plane at a target that the source has not got."""
+        if target == "flight_board":
+            columns = "(tailnum, type, manufacturer, model, engines, seats, engine)"
+            self.board(f"insert into planes {columns} values (?, 't', 'm', 'm', 1, 1, 'e')", key)
+            return
+        with self.registry() as client:
+            client.put(f"{PLANES}/{key}", json={"data": {"seats": 1, "model": "m"}}).raise_for_status()
 
     def settings(self, target: str, stream: str, **reconcile: Any) -> None:
         """Write a route's `reconcile`."""
@@ -112,6 +143,11 @@ class World:
             run_config={"ops": {f"reconcile_{target}": {"config": config}}} if config else None,
             raise_on_error=raises,
         )
+
+
+def _empty(client: httpx.Client, records: str) -> None:
+    while client.delete(records).raise_for_status().json()["data"]:
+        pass  # one request deletes no more than a page
 
 
 def found_in(result: dg.ExecuteInProcessResult, target: str) -> dict[str, Found]:

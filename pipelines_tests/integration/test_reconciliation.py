@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from demo import target_apis
-from pipelines_tests.integration.reconciling import ROOT, ROWS, World, apis_started, environment, fill, found_in
+from pipelines_tests.integration.reconciling import PLANES, ROOT, ROWS, World, apis_started, environment, fill, found_in
 
 pytestmark = pytest.mark.integration
+
+TARGETS = ("flight_board", "registry")
+CHECKS = ("nothing_missing", "nothing_stale", "nothing_extra")
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +86,12 @@ def test_what_was_deleted_altered_and_added_at_datasette_is_found_named_and_repa
 
 
 def test_what_was_deleted_altered_and_added_at_kinto_is_found_named_and_repaired(world: World) -> None:
-    records = "/buckets/fleet/collections/planes/records"
     with world.registry() as client:
-        held = [one["id"] for one in client.get(records, params={"_sort": "id", "_limit": 5}).json()["data"]]
-        for one in held[:2]:
-            client.delete(f"{records}/{one}").raise_for_status()
-        client.patch(f"{records}/{held[2]}", json={"data": {"engines": {"count": 77, "type": "x"}}}).raise_for_status()
-        for name in ("ghost1", "ghost2", "ghost3"):
-            client.put(f"{records}/{name}", json={"data": {"seats": 1, "model": "m"}}).raise_for_status()
+        held = [one["id"] for one in client.get(PLANES, params={"_sort": "id", "_limit": 5}).json()["data"]]
+        client.patch(f"{PLANES}/{held[2]}", json={"data": {"engines": {"count": 77, "type": "x"}}}).raise_for_status()
+    world.delete_planes("registry", *held[:2])
+    for name in ("ghost1", "ghost2", "ghost3"):
+        world.add_plane("registry", name)
 
     found = world.reconcile("registry", "planes", repair="all", delete_extra=True)["planes"]
 
@@ -127,32 +128,75 @@ def test_a_composite_key_is_matched_and_its_extra_record_deleted(world: World) -
     assert world.reconcile("flight_board", "flights")["flights"].drift == (0, 0, 0)
 
 
-def test_an_emptied_target_is_not_taken_for_a_million_missing_records_until_a_person_says_so(world: World) -> None:
-    """Whether the target is empty or its list was, nobody can tell from here."""
-    world.board("delete from planes")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["missing", "stale", "extra"])
+def test_each_check_fails_for_its_own_reason_alone_until_that_is_repaired(world: World, target: str, kind: str) -> None:
+    keys = [key for (key,) in world.source("select tailnum from planes order by tailnum limit 3")]
+    if kind == "missing":
+        world.delete_planes(target, *keys)
+    for key in keys:
+        if kind == "stale":
+            world.alter_plane(target, key)
+        if kind == "extra":
+            world.add_plane(target, f"GHOST{key}")
 
-    found = world.reconcile("flight_board", "planes", repair="all", max_repair_fraction=1.0)["planes"]
+    found = world.reconcile(target, "planes", repair="all", delete_extra=True)["planes"]
+    world.deliver()
+    after = world.reconcile(target, "planes")["planes"]
+
+    assert found.checks == {name: name != f"nothing_{kind}" for name in CHECKS}
+    assert (found.numbers[kind], found.numbers["repaired"]) == (3, 3)
+    assert after.checks == dict.fromkeys(CHECKS, True)
+    assert (after.drift, after.numbers["matched"], after.numbers["target records"]) == ((0, 0, 0), 400, 400)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_emptied_target_is_not_taken_for_a_million_missing_records_until_a_person_says_so(
+    world: World, target: str
+) -> None:
+    """Whether the target is empty or its list was, nobody can tell from here."""
+    world.delete_planes(target)
+
+    found = world.reconcile(target, "planes", repair="all", max_repair_fraction=1.0)["planes"]
 
     assert found.drift == (0, 0, 0)
     assert (found.numbers["not listed"], found.numbers["repaired"]) == (400, 0)
-    assert not found.checks["nothing_missing"]
+    assert found.checks == {name: name != "nothing_missing" for name in CHECKS}
     assert "trust_listing: true" in found.said["nothing_missing"]
 
     settings = {"repair": "missing", "max_repair_fraction": 1.0, "trust_listing": True}
-    repaired = world.reconcile("flight_board", "planes", **settings)["planes"]
+    repaired = world.reconcile(target, "planes", **settings)["planes"]
     world.deliver()
+    after = world.reconcile(target, "planes")["planes"]
 
     assert (repaired.drift, repaired.numbers["repaired"]) == ((400, 0, 0), 400)
-    assert world.reconcile("flight_board", "planes")["planes"].drift == (0, 0, 0)
+    assert (after.drift, after.numbers["matched"]) == ((0, 0, 0), 400)
+    assert all(after.checks.values())
 
 
-def test_more_than_max_repair_fraction_is_not_repaired(world: World) -> None:
-    world.board("delete from planes where tailnum in (select tailnum from planes order by tailnum limit 21)")
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_than_max_repair_fraction_is_not_repaired(world: World, target: str) -> None:
+    rows = world.source("select tailnum from planes order by tailnum limit 21")
+    world.delete_planes(target, *(key for (key,) in rows))
 
-    found = world.reconcile("flight_board", "planes", repair="missing")["planes"]
+    found = world.reconcile(target, "planes", repair="missing")["planes"]
+    world.deliver()
 
     assert (found.drift, found.numbers["repaired"]) == ((21, 0, 0), 0)
     assert "max_repair_fraction (0.05) allows (20)" in found.said["nothing_missing"]
+    assert world.reconcile(target, "planes")["planes"].drift == (21, 0, 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_source_has_not_got_is_left_unless_it_is_said_to_be_deleted(world: World, target: str) -> None:
+    world.add_plane(target, "GHOST")
+
+    found = world.reconcile(target, "planes", repair="all", max_repair_fraction=1.0)["planes"]
+    world.deliver()
+
+    assert (found.drift, found.numbers["repaired"]) == ((0, 0, 1), 0)
+    assert "delete_extra: true" in found.said["nothing_extra"]
+    assert world.reconcile(target, "planes")["planes"].drift == (0, 0, 1)
 
 
 def test_changes_on_their_way_are_no_drift(world: World) -> None:

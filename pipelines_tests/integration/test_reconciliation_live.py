@@ -112,13 +112,11 @@ def damage(world: World, number: int) -> dict[str, tuple[int, int, int]]:
     """Alter both targets behind our back, in records that no writer touches; return what is to be found of planes."""
     rows = world.source("select tailnum from planes where tailnum like 'N%%' order by tailnum")
     keys = [key for (key,) in rows[number * 5 % 300 :][:3]]
-    world.board("delete from planes where tailnum = ?", keys[0])
-    world.board("update planes set model = model || 'x' where tailnum in (?, ?)", keys[1], keys[2])
-    records = "/buckets/fleet/collections/planes/records"
-    with world.registry() as client:
-        client.delete(f"{records}/{keys[0]}").raise_for_status()
-        client.patch(f"{records}/{keys[1]}", json={"data": {"model": "x"}}).raise_for_status()
-        client.put(f"{records}/ghost{number}", json={"data": {"seats": 1, "model": "m"}}).raise_for_status()
+    for target, altered in (("flight_board", keys[1:]), ("registry", keys[1:2])):
+        world.delete_planes(target, keys[0])
+        for key in altered:
+            world.alter_plane(target, key)
+    world.add_plane("registry", f"ghost{number}")
     return {"flight_board": (1, 2, 0), "registry": (1, 1, 1)}
 
 
