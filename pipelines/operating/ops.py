@@ -69,7 +69,9 @@ def redrive(
         raise dg.Failure(f"{error}.", allow_retries=False) from None
     groups = dead_letters.groups(selection)
     for group in groups:
-        print(describe(group, now=clock.now()), flush=True)
+        line = describe(group, now=clock.now())
+        print(line, flush=True)  # on stdout: what `dagster job execute` shows
+        context.log.info(line)
     total = sum(group.count for group in groups)
     if not total:
         _say(context, "There are no open dead letters of this kind.", selected=0)

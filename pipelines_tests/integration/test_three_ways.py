@@ -1,5 +1,6 @@
 """What a person does all day, as docs/examples say it on the command line and as the UI does it: both for real."""
 
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -152,6 +153,54 @@ def test_in_the_ui(deployment: Deployment, source: psycopg.Connection, crm: Crm)
             seconds=60,
         )
         assert crm.held() == {**{n: f"C{n}" for n in range(2, 6)}, 1: "newer", 6: "Nobody"}
+
+
+@pytest.mark.timeout(300)
+def test_dead_letters_in_the_ui(deployment: Deployment, source: psycopg.Connection, crm: Crm):
+    """A redrive tried dry, one discarded with a reason, one redriven; by whoever has read what the run's page says."""
+
+    def ledger() -> list[list[tuple[Any, ...]]]:
+        """Return all that is in the ledger, and which transaction wrote each row."""
+        tables = deployment.query("select tablename from pg_tables where schemaname = 'distributary' order by 1")
+        return [
+            deployment.query(f"select t::text, t.xmin::text from distributary.{table} t order by 1")
+            for (table,) in tables
+        ]
+
+    def letters() -> list[tuple[Any, ...]]:
+        return deployment.query("select key, state, note from distributary.dead_letter order by key::int")
+
+    with dagster_up(deployment) as (ui, daemon_log):
+
+        def said(job: str, run_config: dict[str, Any] | None = None, *, ends: str = "SUCCESS") -> list[str]:
+            run = ui.launch(job, run_config)
+            assert ui.wait_for_run(run)["status"] == ends, daemon_log.read_text()[-3000:]
+            return ui.said(run)
+
+        ui.stop_sensor("change_sensor")  # a delivery would be a change of the ledger too
+        said("delivery_job")
+        source.execute("insert into customers select n, 'Nobody', 'x@example.org' from generate_series(6, 8) n")
+        said("delivery_job", ends="FAILURE")
+        crm.mended.set()
+        before = ledger()
+        asked = len(crm.api.requests)
+
+        which, would = said("redrive_job")  # as the launchpad opens
+
+        assert re.fullmatch(r"crm/customers  3 x answered 422  oldest \d+ (s|min) ago, keys 6, 7, 8", which)
+        assert would == "3 would be redriven. To do it, launch this again with dry_run: false."
+        discard = example("discard")
+        discard["ops"]["redrive"]["config"]["dry_run"] = True
+        assert said("redrive_job", discard)[-1].startswith("1 would be discarded.")
+        assert (ledger(), len(crm.api.requests)) == (before, asked)
+
+        assert said("redrive_job", example("discard"))[-1] == "1 discarded: a test record"
+        assert letters() == [("6", "open", None), ("7", "discarded", "a test record"), ("8", "open", None)]
+
+        assert said("redrive_job", example("redrive"))[-1] == "2 redriven; records to be delivered: 2."
+        said("delivery_job")
+        assert letters() == [("6", "redriven", None), ("7", "discarded", "a test record"), ("8", "redriven", None)]
+        assert crm.given() == [6, 8]
 
 
 def test_the_examples_are_all_tried_here():

@@ -30,6 +30,11 @@ _CHECKS = """query($key: AssetKeyInput!, $check: String!) {
     assetCheckExecutions(assetKey: $key, checkName: $check, limit: 1) {
         runId status evaluation { success severity description metadataEntries { label
             ... on TextMetadataEntry { text } ... on IntMetadataEntry { intValue } } } } }"""
+_SAID = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+    ... on LogMessageEvent { message } } } } }"""
+_SENSOR = "query($sensor: SensorSelector!) { sensorOrError(sensorSelector: $sensor) { ... on Sensor { id } } }"
+_STOP_SENSOR = """mutation($id: String!) { stopSensor(id: $id) {
+    __typename ... on StopSensorMutationResult { instigationState { status } } } }"""
 _REPOSITORY = {"repositoryLocationName": "distributary", "repositoryName": "__repository__"}
 
 
@@ -84,6 +89,17 @@ class Ui:
         (last,) = self.ask(_CHECKS, key={"path": list(path)}, check=check)["assetCheckExecutions"]
         found: Mapping[str, Any] = last
         return found
+
+    def said(self, run: str) -> list[str]:
+        """Return what a run's ops logged, in order, as its page shows it."""
+        events = self.ask(_SAID, id=run)["logsForRun"]["events"]
+        return [event["message"] for event in events if "message" in event]
+
+    def stop_sensor(self, name: str) -> None:
+        """Switch a sensor off, as its page does."""
+        found = self.ask(_SENSOR, sensor={**_REPOSITORY, "sensorName": name})["sensorOrError"]
+        stopped = self.ask(_STOP_SENSOR, id=found["id"])["stopSensor"]
+        assert stopped.get("instigationState") == {"status": "STOPPED"}, stopped
 
     def _launched(self, params: Mapping[str, Any]) -> str:
         launched = self.ask(_LAUNCH, params={"mode": "default", **params})["launchPipelineExecution"]
