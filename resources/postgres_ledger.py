@@ -1,10 +1,11 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
+import operator
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, cast
 
 import psycopg
@@ -386,24 +387,18 @@ def _added(first: Settlement, then: Settlement) -> Settlement:
 
 def _array(ids: Sequence[int]) -> str:
     """Return *ids* as Postgres writes an array: in one piece, for psycopg would look at each."""
-    return "{" + ",".join(map(str, ids)) + "}"
+    return "{" + str(list(ids))[1:-1] + "}"
 
 
 def _multirange(ids: Sequence[int]) -> str:
     """Return the set of *ids* as Postgres writes it: of ids in a row only the first and the last."""
+    if not ids:
+        return "{}"
     ordered = sorted(ids)
-    ranges: list[str] = []
-    first = last = None
-    for one in ordered:
-        if last is not None and one == last + 1:
-            last = one
-            continue
-        if first is not None:
-            ranges.append(f"[{first},{last}]")
-        first = last = one
-    if first is not None:
-        ranges.append(f"[{first},{last}]")
-    return "{" + ",".join(ranges) + "}"
+    steps = map(operator.sub, islice(ordered, 1, None), ordered)
+    begins = [0, *(place for place, step in enumerate(steps, 1) if step != 1)]
+    ends = [*(place - 1 for place in begins[1:]), -1]
+    return "{" + ",".join(f"[{ordered[begin]},{ordered[end]}]" for begin, end in zip(begins, ends, strict=True)) + "}"
 
 
 def _storable(text: str) -> str:

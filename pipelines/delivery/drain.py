@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from queue import Empty, SimpleQueue
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import KEY, PAYLOAD, ChangeRecord
+from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Halt, TargetGate
@@ -25,7 +26,7 @@ from pipelines.delivery.holding import Key, KeyHolds, key_of
 from pipelines.delivery.judging import JudgingRules
 from pipelines.delivery.ledger import Claim, Leftover, Settlement, TargetLedger, TargetState
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, Lanes, LeftoverPlan, claim_of, plan_leftover, plan_window
+from pipelines.delivery.planning import LeftoverPlan, claim_of, plan_leftover, plan_window
 from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.report import DrainReport, End, Recorder
 from pipelines.delivery.routing import Route, RouteOperation
@@ -157,8 +158,8 @@ class _Work:
     keys: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum([len(change.payload) for change in self.batch.changes]))
-        object.__setattr__(self, "keys", [change.key for change in self.batch.changes])
+        object.__setattr__(self, "bytes", sum(map(len, map(PAYLOAD, self.batch.changes))))
+        object.__setattr__(self, "keys", list(map(KEY, self.batch.changes)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,29 +3,23 @@
 Pure: the same window gives the same plan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from heapq import merge
 from types import MappingProxyType
+from typing import cast
 from uuid import UUID
 
-from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.changes.record import CHANGE_ID, KEY, OPERATION, STREAM, ChangeRecord, Operation
+from pipelines.delivery.batching import Batch, Burden, KeyedBatcher, Lanes, cut
 from pipelines.delivery.holding import Key, key_of
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Claim, Leftover, PendingWindow, Window
 from pipelines.delivery.outcome import DeadRecord, OperationKind, blocked
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.template import RecordUnrenderable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Changes that go out in one request, with what was rendered of each."""
-
-    lane: int
-    route: Route
-    operation: RouteOperation
-    changes: Sequence[ChangeRecord]
-    fragments: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +64,6 @@ def claim_of(batch: Batch, *, log_id: UUID, target: str) -> Claim:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lanes:
-    """What a target's lanes are at, as far as the plan for more must know."""
-
-    in_flight: Mapping[str, Mapping[str, Batch]] = field(default_factory=dict)
-    """For each stream and each key of it that is in flight, the last batch with it."""
-    records: Sequence[int] = (0,)
-    """For each lane, how many records it has before it."""
-
-
 def plan_window(
     pending: PendingWindow,
     *,
@@ -99,26 +83,156 @@ def plan_window(
     route that cannot update, of a record that was made anew). A batch closes at `max_records_of` its operation or at
     the operation's `max_bytes`. *blocked_keys* have a dead change: later ones become dead letters too.
     """
-    filtered: list[ChangeRecord] = []
-    superseded: list[ChangeRecord] = []
-    dead: list[DeadRecord] = []
-    blocks = dict(blocked_keys)
-    batcher = _Batcher(lanes, max_records_of=max_records_of)
-    ways: dict[tuple[str, Operation, Operation], _Way] = {}
-    for first, change in _coalesce(pending.records, routes, filtered, superseded):
-        which = (change.stream, first, change.operation)
-        way = ways.get(which)
-        if way is None:
-            way = ways[which] = batcher.way(routes[change.stream], first, change.operation)
-        fragment = _render(way.route, way.operation, change, filtered, dead, blocks)
-        if fragment is not None:
-            batcher.add(way, change, fragment)
-    batches = batcher.close()
-    claims = [claim_of(batch, log_id=log_id, target=target) for batch in batches]
+    planning = _Planning(lanes=lanes, max_records_of=max_records_of, blocks=dict(blocked_keys))
+    planned: list[list[Batch]] = []
+    for stream, records in _by_stream(pending.records):
+        route = routes.get(stream)
+        if route is None:
+            planning.filtered += records
+        else:
+            planned.append(planning.batches(route, records))
+    # In the order of their first changes, but those of one stream as they are: a lane's are to go in that order.
+    batches = list(merge(*planned, key=lambda batch: batch.changes[0].change_id))
     window = Window(
-        claims=claims, superseded=superseded, filtered=filtered, dead=dead, decided_up_to=pending.decided_up_to
+        claims=[claim_of(batch, log_id=log_id, target=target) for batch in batches],
+        superseded=planning.superseded,
+        filtered=planning.filtered,
+        dead=planning.dead,
+        decided_up_to=pending.decided_up_to,
     )
     return Plan(window=window, batches=batches)
+
+
+def _by_stream(records: Sequence[ChangeRecord]) -> Iterable[tuple[str, Sequence[ChangeRecord]]]:
+    if len(set(map(STREAM, records))) == 1:
+        return [(records[0].stream, records)]
+    of_stream: dict[str, list[ChangeRecord]] = defaultdict(list)
+    for change in records:
+        of_stream[change.stream].append(change)
+    return of_stream.items()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Planning:
+    """One window's plan while it is made, stream by stream."""
+
+    lanes: Lanes
+    max_records_of: Callable[[Route, RouteOperation], int]
+    blocks: dict[Key, int]
+    """The keys that have a dead change, and its id."""
+    burden: Burden = field(init=False)
+    superseded: list[ChangeRecord] = field(default_factory=list)
+    filtered: list[ChangeRecord] = field(default_factory=list)
+    dead: list[DeadRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.burden = Burden(self.lanes.records)
+
+    def batches(self, route: Route, records: Sequence[ChangeRecord]) -> list[Batch]:
+        """Return the batches of one stream's *records*, which are in the order of their ids."""
+        if "delete" not in route.operations and "delete" in set(map(OPERATION, records)):
+            # Not wanted, so it overtakes nothing: whether the state before it is sent must not depend on when it came.
+            self.filtered += [change for change in records if change.operation == "delete"]
+            records = [change for change in records if change.operation != "delete"]
+        keys = list(map(KEY, records))
+        latest = dict(zip(keys, records, strict=True))
+        if len(latest) == len(records):
+            return self._of_single(route, records, {})
+        if route.mode == "event" or not route.updates:
+            return self._of_repeated(route, records)
+        self.superseded += [change for change in records if latest[change.key] is not change]
+        firsts = dict(zip(reversed(keys), map(OPERATION, reversed(records)), strict=True))
+        return self._of_single(route, sorted(latest.values(), key=CHANGE_ID), firsts)
+
+    def _of_single(self, route: Route, changes: Sequence[ChangeRecord], firsts: Mapping[str, Operation]) -> list[Batch]:
+        """Return the batches of *changes* that have a key each; of a key in *firsts*, that was the first operation."""
+        in_flight = self.lanes.in_flight.get(route.stream, {})
+        batches: list[Batch] = []
+        for operation, owed in _by_operation(route, changes, firsts):
+            if operation is None:
+                self.filtered += owed
+                continue
+            sendable, fragments = self._render_all(route, operation, owed)
+            batches += cut(
+                route,
+                operation,
+                sendable,
+                fragments,
+                max_records=self.max_records_of(route, operation),
+                in_flight=in_flight,
+                burden=self.burden,
+            )
+        # No key is in two of them, so they may go in the order of the ids.
+        return sorted(batches, key=lambda batch: batch.changes[0].change_id)
+
+    def _render_all(
+        self, route: Route, operation: RouteOperation, changes: Sequence[ChangeRecord]
+    ) -> tuple[Sequence[ChangeRecord], Sequence[bytes]]:
+        """Return what of *changes* is to be sent, and what was rendered of it."""
+        if not self.blocks:
+            with suppress(RecordUnrenderable):  # one by one it will be seen which
+                fragments = operation.render_records(changes)
+                if None not in fragments:
+                    return changes, cast("Sequence[bytes]", fragments)
+        rendered = [
+            (change, fragment)
+            for change in changes
+            if (fragment := _render(route, operation, change, self.filtered, self.dead, self.blocks)) is not None
+        ]
+        return [change for change, _ in rendered], [fragment for _, fragment in rendered]
+
+    def _of_repeated(self, route: Route, records: Sequence[ChangeRecord]) -> list[Batch]:
+        """Return the batches of *records* of which those of one key are to go one after another."""
+        batcher = KeyedBatcher(
+            route,
+            max_records_of=self.max_records_of,
+            in_flight=self.lanes.in_flight.get(route.stream, {}),
+            burden=self.burden,
+        )
+        owed = [(change.operation, change) for change in records]
+        for first, change in owed if route.mode == "event" else _coalesce_lives(records, self.superseded):
+            operation = route.operation_for(first, change.operation)
+            fragment = _render(route, operation, change, self.filtered, self.dead, self.blocks)
+            if operation is not None and fragment is not None:
+                batcher.add(operation, change, fragment)
+        return list(batcher.close())
+
+
+def _by_operation(
+    route: Route, changes: Sequence[ChangeRecord], firsts: Mapping[str, Operation]
+) -> Iterable[tuple[RouteOperation | None, Sequence[ChangeRecord]]]:
+    """Return *changes* by what is owed of them: of a key that is not in *firsts* it is the only change."""
+    lasts = set(map(OPERATION, changes))
+    if "upsert" in route.operations and ("delete" not in lasts or len(lasts) == 1):  # as it nearly always is
+        return [(route.operation_for(last, last), changes) for last in list(lasts)[:1]]
+    found: dict[OperationKind | None, tuple[RouteOperation | None, list[ChangeRecord]]] = {}
+    for change in changes:
+        operation = route.operation_for(firsts.get(change.key, change.operation), change.operation)
+        found.setdefault(None if operation is None else operation.kind, (operation, []))[1].append(change)
+    return found.values()
+
+
+def _coalesce_lives(
+    records: Sequence[ChangeRecord], superseded: list[ChangeRecord]
+) -> Sequence[tuple[Operation, ChangeRecord]]:
+    """Return the changes to send where nothing updates, each with the first operation of its key that it stands for.
+
+    Deleted and made anew: then the target must be told both, or the insert conflicts.
+    """
+    latest: dict[object, tuple[Operation, ChangeRecord]] = {}
+    for change in records:
+        earlier = latest.pop(change.key, None)
+        if earlier is not None and earlier[1].operation == "delete":
+            latest[earlier[1].change_id] = earlier
+            earlier = None
+        if earlier is None:
+            latest[change.key] = (change.operation, change)
+        else:
+            superseded.append(earlier[1])
+            # Made anew, or addressed to it, in between: where nothing updates, that is what the target wants.
+            anew = change.operation in ("insert", "snapshot")
+            latest[change.key] = ("insert" if anew else earlier[0], change)
+    return list(latest.values())
 
 
 def _render(
@@ -204,155 +318,3 @@ def _pieces_of(rendered: Sequence[_Rendered], written: RouteOperation | None) ->
         keys.add(one[1].key)
         pieces[-1].append(one)
     return pieces
-
-
-def _coalesce(
-    records: Sequence[ChangeRecord],
-    routes: Mapping[str, Route],
-    filtered: list[ChangeRecord],
-    superseded: list[ChangeRecord],
-) -> list[tuple[Operation, ChangeRecord]]:
-    """Return the changes to send, each with the first operation of its key that it stands for."""
-    latest: dict[object, tuple[Operation, ChangeRecord]] = {}
-    for change in records:
-        route = routes.get(change.stream)
-        if route is None:
-            filtered.append(change)
-        elif change.operation == "delete" and "delete" not in route.operations:
-            # Not wanted, so it overtakes nothing: whether the state before it is sent must not depend on when it came.
-            filtered.append(change)
-        elif route.mode == "event":
-            latest[change.change_id] = (change.operation, change)
-        else:
-            identity = (change.stream, change.key)
-            earlier = latest.pop(identity, None)
-            if earlier is not None and earlier[1].operation == "delete" and not route.updates:
-                # Deleted and made anew: where nothing updates, the target must be told both, or the insert conflicts.
-                latest[earlier[1].change_id] = earlier
-                earlier = None
-            if earlier is None:
-                latest[identity] = (change.operation, change)
-            else:
-                superseded.append(earlier[1])
-                # Made anew, or addressed to it, in between: where nothing updates, that is what the target wants.
-                anew = change.operation in ("insert", "snapshot") and not route.updates
-                latest[identity] = ("insert" if anew else earlier[0], change)
-    return list(latest.values())
-
-
-_Kind = tuple[str, OperationKind | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """How changes of one stream and kind go, looked up once for all of a window."""
-
-    route: Route
-    operation: RouteOperation | None
-    kind: _Kind
-    keyed: bool
-    """A key may be in the window more than once."""
-    judged_alone: bool
-    """Items are judged one by one."""
-    max_records: int
-    max_bytes: int
-    in_flight: Mapping[str, Batch]
-
-
-@dataclass(slots=True)
-class _Open:
-    """A batch that still takes records."""
-
-    lane: int
-    way: _Way
-    changes: list[ChangeRecord] = field(default_factory=list)
-    fragments: list[bytes] = field(default_factory=list)
-    size: int = 0
-    closed: bool = False
-
-
-class _Batcher:
-    """Fills batches lane by lane.
-
-    Batches of one lane leave in the order in which they were closed. So a change may join an open batch only if no
-    earlier change of its key waits in another open one: else all open ones of the lane are closed first.
-    """
-
-    def __init__(self, lanes: Lanes, *, max_records_of: Callable[[Route, RouteOperation], int]) -> None:
-        self._in_flight = lanes.in_flight
-        self._records = list(lanes.records)
-        self._max_records_of = max_records_of
-        self._open: list[dict[_Kind, _Open]] = [{} for _ in lanes.records]
-        self._filling: dict[_Kind, int] = {}  # the lane whose open batch takes what may go anywhere
-        self._closed: list[Batch] = []
-        self._batch_of_key: dict[Key, _Open] = {}
-
-    def way(self, route: Route, first: Operation, last: Operation) -> _Way:
-        operation = route.operation_for(first, last)
-        return _Way(
-            route=route,
-            operation=operation,
-            kind=(route.stream, None if operation is None else operation.kind),
-            keyed=route.mode == "event" or not route.updates,
-            judged_alone=operation is not None and operation.results is not None,
-            max_records=0 if operation is None else self._max_records_of(route, operation),
-            max_bytes=0 if operation is None else operation.max_bytes,
-            in_flight=self._in_flight.get(route.stream, {}),
-        )
-
-    def add(self, way: _Way, change: ChangeRecord, fragment: bytes) -> None:
-        earlier = self._batch_of_key.get((change.stream, change.key)) if way.keyed else None
-        lane = self._lane_of(way, change.key) if earlier is None else earlier.lane
-        batch = self._open[lane].get(way.kind)
-        if earlier is not None and not earlier.closed and (earlier is not batch or way.judged_alone):
-            # Where items are judged one by one, a second change of the key could be accepted and the first not.
-            self._close_lane(lane)
-            batch = None
-        if batch is not None and batch.size + len(fragment) > way.max_bytes:
-            self._close_batch(batch)
-            batch = None
-        if batch is None:
-            assert way.operation is not None  # or nothing would have been rendered
-            batch = self._open[lane][way.kind] = _Open(lane, way, size=way.operation.overhead_bytes)
-        batch.changes.append(change)
-        batch.fragments.append(fragment)
-        batch.size += len(fragment) + 1
-        if way.keyed:
-            self._batch_of_key[(change.stream, change.key)] = batch
-        if len(batch.changes) >= way.max_records:
-            self._close_batch(batch)
-
-    def _lane_of(self, way: _Way, key: str) -> int:
-        before = way.in_flight.get(key)
-        if before is not None:
-            return before.lane % len(self._open)  # of a leftover, there may have been more lanes once
-        lane = self._filling.get(way.kind)
-        if lane is None:
-            lane = self._filling[way.kind] = self._records.index(min(self._records))
-        return lane
-
-    def close(self) -> list[Batch]:
-        for lane in range(len(self._open)):
-            self._close_lane(lane)
-        return self._closed
-
-    def _close_lane(self, lane: int) -> None:
-        for batch in list(self._open[lane].values()):
-            self._close_batch(batch)
-
-    def _close_batch(self, batch: _Open) -> None:
-        batch.closed = True
-        del self._open[batch.lane][batch.way.kind]
-        if self._filling.get(batch.way.kind) == batch.lane:
-            del self._filling[batch.way.kind]
-        self._records[batch.lane] += len(batch.changes)
-        assert batch.way.operation is not None
-        self._closed.append(
-            Batch(
-                lane=batch.lane,
-                route=batch.way.route,
-                operation=batch.way.operation,
-                changes=batch.changes,
-                fragments=batch.fragments,
-            )
-        )

@@ -8,7 +8,7 @@ from math import ceil
 from random import Random
 from typing import Literal
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import CHANGED_AT, STREAM, ChangeRecord
 from pipelines.delivery.outcome import DeadRecord
 
 _LAGS_OF_A_BATCH = 10
@@ -97,9 +97,9 @@ class Recorder:
         """Add *changes* to one count of their streams and days."""
         if not changes:
             return
-        times = [change.changed_at for change in changes]
+        times = list(map(CHANGED_AT, changes))
         first, last = min(times).astimezone(UTC).date(), max(times).astimezone(UTC).date()
-        streams = {change.stream for change in changes}
+        streams = set(map(STREAM, changes))
         if first == last and len(streams) == 1:  # as a batch nearly always is
             self._add(name, streams.pop(), first, len(changes))
             return

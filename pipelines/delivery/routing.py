@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
 
-from pipelines.changes.record import ChangeRecord, Operation, original_id
+from pipelines.changes.record import PAYLOAD, ChangeRecord, Operation, original_id
 from pipelines.delivery.config import (
     Format,
     Mode,
@@ -188,6 +187,10 @@ class RouteOperation:
     _content_type: str
     _compress: bool
 
+    def render_records(self, changes: Sequence[ChangeRecord]) -> Sequence[bytes | None]:
+        """Return what `render_record` returns of each; raises RecordUnrenderable if one of them cannot be."""
+        return list(map(self.render_record, changes))
+
     def request(self, changes: Sequence[ChangeRecord], fragments: Sequence[bytes]) -> HttpRequest:
         """Return the request for *changes*, of which `render_record` gave *fragments*. The same in, the same out."""
         path = self._path.render(changes[0]).decode("ascii")
@@ -284,6 +287,8 @@ def _compile_operation(
     transform = transforms[source.value] if source.kind == "transform" else None
     render = _render_record(source, operation.format, transform)
     path_names_record = bool(path.columns or path.own_fields - {"_stream"})
+    if path_names_record:
+        render = _with_path_checked(render, path)
     return RouteOperation(
         kind=kind,
         batched=operation.batch is not None,
@@ -295,7 +300,7 @@ def _compile_operation(
         on_conflict=operation.on_conflict,
         on_missing=operation.on_missing,
         path_names_record=path_names_record,
-        render_record=_with_path_checked(render, path) if path_names_record else render,
+        render_record=render,
         _method=method,
         _path=path,
         _prefix=around.prefix,
@@ -352,8 +357,6 @@ def _fingerprint(
 
 # Rendering one record ------------------------------------------------------------------------------------------------
 
-_payload: Callable[[ChangeRecord], bytes] = attrgetter("payload")
-
 
 def _render_record(source: RecordSource, record_format: Format, transform: Transform | None) -> RenderRecord:
     render: RenderRecord
@@ -368,7 +371,7 @@ def _render_record(source: RecordSource, record_format: Format, transform: Trans
         case "template":
             render = compile_record(source.value, record_format).render
         case "row":
-            render = compile_form(None).render if record_format == "form" else _payload
+            render = compile_form(None).render if record_format == "form" else PAYLOAD
     return _on_one_line(render) if record_format == "ndjson" else render
 
 

@@ -17,6 +17,7 @@ from uuid import UUID
 import tenacity
 
 from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.batching import Batch
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Permit, TargetGate
 from pipelines.delivery.holding import KeyHolds
@@ -36,7 +37,7 @@ from pipelines.delivery.outcome import (
     Verdict,
     blocked,
 )
-from pipelines.delivery.planning import Batch, claim_of
+from pipelines.delivery.planning import claim_of
 from pipelines.delivery.retrying import backoff
 from pipelines.delivery.routing import Route, RouteOperation
 from pipelines.delivery.target import Answer, TargetClient

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.drain import DrainPolicy
 from pipelines.delivery.ledger import PendingWindow, Upcoming
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Batch, Lanes, plan_leftover, plan_window
+from pipelines.delivery.planning import plan_leftover, plan_window
 from pipelines.delivery.routing import Route
 from pipelines.delivery.template import RecordUnrenderable
 from pipelines.operating.masking import Masking

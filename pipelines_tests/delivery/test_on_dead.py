@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.batching import Lanes
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, drain
 from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.outcome import DeadRecord
-from pipelines.delivery.planning import Lanes, plan_window
+from pipelines.delivery.planning import plan_window
 from pipelines.delivery.report import DrainReport
 from pipelines.delivery.routing import Route
 from pipelines_tests.fakes.clock import FakeClock

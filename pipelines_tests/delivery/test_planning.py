@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Leftover, PendingWindow
-from pipelines.delivery.planning import Batch, Lanes, LeftoverPlan, Plan, plan_leftover, plan_window
+from pipelines.delivery.planning import LeftoverPlan, Plan, plan_leftover, plan_window
 from pipelines.delivery.routing import Route
 from pipelines_tests.fakes.ledger import LOG_ID
 from pipelines_tests.fakes.target import change, routes_of

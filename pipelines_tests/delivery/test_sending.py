@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.changes.record import ChangeRecord
+from pipelines.delivery.batching import Batch
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.judging import JudgingRules
 from pipelines.delivery.ledger import Claim, Settlement
-from pipelines.delivery.planning import Batch
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import LOG_ID
