@@ -197,8 +197,8 @@ class ReconcileConfig(Section):
     """With `repair: all`, also delete at the target what the source has not got."""
     max_repair_fraction: Fraction = 0.05
     """If more than this part of the records would be repaired, none is (one always may)."""
-    min_listed_fraction: Fraction = 0.5
-    """If the list has less than this part of the source's records, it is not believed, unless its total confirms it."""
+    min_listed_fraction: Fraction = 0.8
+    """If the list has less than this part of what it should have, it is not believed, unless its total confirms it."""
     resume_within_seconds: Annotated[float, Field(ge=0, le=86_400)] = 3600.0
     """A listing that was interrupted no longer ago goes on at its last page."""
     show_values: bool = False

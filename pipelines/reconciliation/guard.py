@@ -75,9 +75,13 @@ class Guard:
     """What the route could not put right, and why."""
 
 
-def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int, extra: int, confirmed: bool) -> Guard:
-    """Decide. *source* and *listed* are how many records there are; *confirmed*, if the target's own total agrees."""
-    believed = confirmed or limits.trust_listing or listed >= limits.min_listed_fraction * source
+def guard(
+    limits: Limits, *, source: int, listed: int, owed: int, missing: int, stale: int, extra: int, confirmed: bool
+) -> Guard:
+    """Decide. *source* and *listed* are how many records there are; *owed*, how many of the source's should be listed;
+    *confirmed*, if the target's own total agrees.
+    """
+    believed = confirmed or limits.trust_listing or _is_long_enough(owed - missing, owed, limits.min_listed_fraction)
     found: dict[Repaired, int] = {"missing": missing, "stale": stale, "extra": extra}
     would = {kind: found[kind] for kind in limits.kinds if found[kind]}
     count = sum(would.values())
@@ -88,7 +92,7 @@ def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int,
             believed=False,
             would=would,
             cannot=limits.cannot,
-            refused=f"the list has {listed:,} of {source:,} records and is not believed, so nothing is repaired",
+            refused=f"the list lacks {missing:,} of {owed:,} records and is not believed, so nothing is repaired",
         )
     records = max(source, listed)
     # Of ten records one is more than a twentieth, and may be repaired all the same; but 0 is none.
@@ -105,3 +109,8 @@ def guard(limits: Limits, *, source: int, listed: int, missing: int, stale: int,
     if limits.dry_run:
         return Guard(believed=True, would=would, cannot=limits.cannot, refused="dry_run: nothing is repaired")
     return Guard(believed=True, would=would, cannot=limits.cannot, kinds=tuple(would))
+
+
+def _is_long_enough(held: int, owed: int, fraction: float) -> bool:
+    # Of three records one is more than a fifth, and may be missing all the same; but an empty list tells nothing.
+    return held >= fraction * owed or (held == owed - 1 > 0 and fraction < 1)

@@ -60,6 +60,8 @@ class Outcome:
     meaning: Meaning
     source: int
     """Rows."""
+    owed: int
+    """Rows of which a record should be listed: neither filtered, nor on its way, nor dead."""
     listed: int
     """Records at the target that have a key of the source's."""
     unkeyed: int
@@ -130,14 +132,17 @@ class Reconciliation:
             listings += 1
             with self._timed("_listing_seconds"):
                 self.workspace.list_again(first=first_path(self.subject.read))
+                self._unkeyed = 0
                 self._read_pages(first_path(self.subject.read))
             walk, summary = self._compare()
         confirmed = self._confirm(summary)
         found = summary.counts
+        owed = walk.matched + found.get("stale", 0) + found.get("missing", 0)
         decided = guard(
             self.limits,
             source=walk.source,
             listed=self._listed,
+            owed=owed,
             missing=found.get("missing", 0),
             stale=found.get("stale", 0),
             extra=found.get("extra", 0),
@@ -151,6 +156,7 @@ class Reconciliation:
             stream=self.subject.stream,
             meaning=self.meaning,
             source=walk.source,
+            owed=owed,
             listed=self._listed,
             unkeyed=self._unkeyed,
             matched=walk.matched,
@@ -222,7 +228,7 @@ class Reconciliation:
                 f"the target says that it has {self._total:,} records, and listed {listed:,}: the list was cut short, "
                 "or read.total does not say how many there are"
             )
-        return True
+        return listed >= self._total
 
     def _may_have_passed_over(self, summary: Summary) -> bool:
         counted = isinstance(self.subject.read.page, OffsetPaging | NumberedPaging)

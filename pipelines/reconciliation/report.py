@@ -122,8 +122,8 @@ def _nothing_missing(outcome: Outcome) -> Verdict:
         return _not_judged(outcome, "missing", outcome.meaning.missing)
     if outcome.unlisted:
         sentence = (
-            f"the list has only {outcome.listed:,} of {outcome.source:,} records: either the target has lost the "
-            "others, or the list was cut short, and nothing is missing"
+            f"the list looks cut short: it lacks {outcome.unlisted:,} of {outcome.owed:,} records. Either the target "
+            "has lost them, or it did not list them, and nothing is missing"
         )
         return _bad(outcome, "missing", sentence, _SHORT)
     if missing:

@@ -12,6 +12,7 @@ ALL = {"repair": "all", "delete_extra": True}
 
 def decide(settings: dict[str, Any], *, run: dict[str, Any] | None = None, **counts: Any) -> Guard:
     found = {"source": 1000, "listed": 1000, "missing": 0, "stale": 0, "extra": 0, "confirmed": False} | counts
+    found.setdefault("owed", found["source"])
     return guard(Limits.of(ReconcileConfig.model_validate(settings), **(run or {})), **found)
 
 
@@ -49,7 +50,7 @@ def test_all_kinds_together_are_the_part() -> None:
 
 def test_one_record_may_always_be_repaired_unless_none_may() -> None:
     assert decide({"repair": "missing"}, source=5, listed=4, missing=1).kinds == ("missing",)
-    assert decide({"repair": "missing"}, source=5, listed=3, missing=2).kinds == ()
+    assert decide({"repair": "missing", "min_listed_fraction": 0.5}, source=5, listed=3, missing=2).kinds == ()
     assert decide({"repair": "missing", "max_repair_fraction": 0.0}, missing=1).kinds == ()
 
 
@@ -61,14 +62,17 @@ def test_an_empty_source_does_not_empty_the_target() -> None:
     ("listed", "more", "believed"),
     [
         (1000, {}, True),
-        (500, {}, True),
-        (499, {}, False),
+        (800, {}, True),
+        (799, {}, False),
+        (600, {}, False),
         (0, {}, False),
+        (600, {"confirmed": True}, True),
         (0, {"confirmed": True}, True),
+        (600, {"run": {"trust_listing": True}}, True),
         (0, {"run": {"trust_listing": True}}, True),
     ],
 )
-def test_a_list_with_less_than_half_is_not_believed_unless_somebody_vouches_for_it(
+def test_a_list_that_lacks_too_many_is_not_believed_unless_somebody_vouches_for_it(
     listed: int, more: dict[str, Any], believed: bool
 ) -> None:
     settings = {"repair": "missing", "max_repair_fraction": 1.0}
@@ -77,6 +81,20 @@ def test_a_list_with_less_than_half_is_not_believed_unless_somebody_vouches_for_
     assert decided.believed is believed
     assert bool(decided.kinds) is (believed and listed < 1000)
     assert decide({}, listed=listed, missing=1000 - listed, **more).believed is believed
+
+
+def test_records_of_others_do_not_make_a_list_longer() -> None:
+    assert not decide({}, listed=5000, missing=900, extra=4900).believed
+
+
+def test_rows_that_are_not_owed_do_not_make_a_list_shorter() -> None:
+    assert decide({}, source=1000, owed=100, listed=99, missing=1).believed
+
+
+@pytest.mark.parametrize(("owed", "missing", "believed"), [(2, 1, True), (4, 1, True), (4, 2, False), (1, 1, False)])
+def test_of_few_records_one_may_be_missing_from_a_list_that_has_any(owed: int, missing: int, believed: bool) -> None:
+    assert decide({}, source=owed, listed=owed - missing, missing=missing).believed is believed
+    assert not decide({"min_listed_fraction": 1.0}, source=owed, listed=owed - missing, missing=missing).believed
 
 
 def test_a_total_that_agrees_does_not_lift_the_other_bound() -> None:
@@ -97,6 +115,8 @@ def test_a_dry_run_says_what_would_be_and_does_nothing() -> None:
 def test_a_run_sets_its_own_in_place_of_the_routes() -> None:
     assert decide({}, missing=1, run={"repair": "missing"}).kinds == ("missing",)
     assert decide(ALL, missing=1, run={"repair": "off"}).kinds == ()
-    assert decide(ALL, missing=900, run={"max_repair_fraction": 1.0}, listed=600).kinds == ("missing",)
+    assert decide(ALL, missing=900, run={"max_repair_fraction": 1.0, "trust_listing": True}, listed=100).kinds == (
+        "missing",
+    )
     assert decide({"repair": "all"}, extra=1, run={"delete_extra": True}).kinds == ("extra",)
     assert decide(ALL, extra=1, run={"delete_extra": False}).kinds == ()

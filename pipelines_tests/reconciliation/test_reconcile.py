@@ -315,6 +315,87 @@ def test_an_empty_list_is_not_believed_unless_its_total_says_so_too(world: World
     assert (drift(found), found.unlisted, found.appended.snapshots) == ((10, 0, 0), 0, 10)
 
 
+def test_a_list_that_ends_early_is_neither_believed_nor_repaired_until_a_person_says_so(world: World) -> None:
+    """After six of ten records there is no next page, and no total tells."""
+    world.fill(10)
+    world.api.before = lambda number, path: (
+        answer(200, b'{"items": [{"id": "p05", "name": "n"}]}') if "after=p05" in path else None
+    )
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.unlisted, found.matched) == ((0, 0, 0), 4, 6)
+    assert "lacks 4 of 10 records" in str(found.guard.refused)
+    assert world.addressed() == []
+
+    world.api.before = lambda number, path: None
+    for number in range(6, 10):
+        del world.api.records[f"p0{number}"]
+    assert drift(world.reconcile(**ALL)) == (0, 0, 0)
+    assert drift(world.reconcile(trust_listing=True, **ALL)) == (4, 0, 0)
+    world.deliver()
+    assert drift(world.reconcile()) == (0, 0, 0)
+
+
+def test_a_long_list_of_others_is_not_taken_for_a_whole_one(world: World) -> None:
+    world.fill(10)
+    world.api.records = {f"x{number}": {"id": f"x{number}", "name": "theirs"} for number in range(20)}
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.unlisted, found.appended.deletes) == ((0, 0, 20), 10, 0)
+
+
+def test_what_is_filtered_or_on_its_way_makes_a_list_neither_shorter_nor_longer(world: World) -> None:
+    world.route = {"transform": "m:f"}
+    few = Transform(name="m:f", function=lambda change: change["row"] if change["key"] < "p03" else None)
+    world.transforms = {"m:f": few}
+    world.fill(20)
+    for number in range(3, 20):
+        del world.api.records[f"p{number:02}"]
+    world.execute("insert into people select 'a' || n, 'n' from generate_series(10, 29) n")
+    del world.api.records["p01"]
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.count("in_flight"), found.appended.snapshots) == ((1, 0, 0), 20, 1)
+
+    del world.api.records["p00"]
+    world.execute("delete from distributary.change_log where target = 'api'")
+    found = world.reconcile(**ALL)
+    assert (drift(found), found.unlisted, found.owed, found.appended.snapshots) == ((0, 0, 0), 2, 3, 0)
+
+
+def test_a_total_is_no_confirmation_for_as_many_as_are_on_their_way(world: World) -> None:
+    world.route = {"read": {"total": "$.total"}}
+    world.fill(10)
+    world.execute("insert into people select 'q' || n, 'n' from generate_series(10, 29) n")
+    world.api.before = lambda number, path: answer(200, b'{"items": [], "total": 10}')
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.unlisted, found.appended.snapshots) == ((0, 0, 0), 10, 0)
+
+
+def test_records_of_the_targets_own_are_counted_once_however_often_it_is_listed(world: World) -> None:
+    world.route = {"read": {"page": OFFSET, "total": "$.total"}}
+    world.fill(10)
+    del world.api.records["p08"]
+    for number in range(5):
+        world.api.records[f"zz{number}"] = {"name": "made by hand"}
+
+    def meddle(number: int, path: str) -> None:
+        world.execute("update people set name = %s where id = 'p02'", str(number))
+        world.deliver()
+
+    world.api.before = meddle
+
+    found = world.reconcile()
+
+    assert world.api.paths.count("/people?limit=3&skip=0") == 3
+    assert (found.unkeyed, drift(found)) == (5, (1, 0, 0))
+
+
 # Breaking off --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ CLEAN = Outcome(
     stream="people",
     meaning=Meaning(),
     source=1000,
+    owed=1000,
     listed=1000,
     unkeyed=0,
     matched=1000,
@@ -72,6 +73,7 @@ def test_a_list_that_is_not_believed_has_nothing_missing_but_fails() -> None:
     assert "900 not in a list that is not believed" in report.line(outcome)
     verdict = said(outcome)["nothing_missing"]
     assert not verdict.passed
+    assert "looks cut short: it lacks 900 of 1,000 records" in verdict.sentence
     assert "trust_listing: true" in verdict.what_to_do
 
 
