@@ -16,6 +16,7 @@ from resources.sql import statements
 
 _AT_ONCE = 1000
 _PAUSE = 10.0
+_LOOK_AGAIN = 1.0
 
 
 class PostgresBackfiller(Backfiller):
@@ -39,9 +40,9 @@ class PostgresBackfiller(Backfiller):
             "run_id": run_id,
         }
         with self._connect() as connection:
-            if connection.execute(self._sql["try_lock"], of_this).fetchone() != (True,):
-                of = f"{backfill.target}/{backfill.stream}"
-                raise CannotBackfill(f"another run is sending {of} again; launch this once it is done.")
+            while connection.execute(self._sql["try_lock"], of_this).fetchone() != (True,):
+                yield BackfillProgress(appended=0, waiting=True)
+                time.sleep(_LOOK_AGAIN)
             rows = self._rows_of(connection, backfill.stream) if backfill.mode == "state" else None
             try:
                 found = connection.execute(self._sql["begin"], of_this).fetchone()
@@ -62,8 +63,8 @@ class PostgresBackfiller(Backfiller):
                     else:
                         for more in self._append_states(connection, step, dict(part), rows):
                             appended += more
-                            yield BackfillProgress(appended=appended, done=False)
-                    yield BackfillProgress(appended=appended, done=False)
+                            yield BackfillProgress(appended=appended)
+                    yield BackfillProgress(appended=appended)
             connection.execute(self._sql["finish"], of_this)
             yield BackfillProgress(appended=appended, done=True)
 

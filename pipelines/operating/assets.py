@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
+from threading import Condition
 
 import dagster as dg
 
@@ -19,6 +20,12 @@ from pipelines.delivery.ops import DeliveryPlan, deliver
 from pipelines.operating.backfilling import Backfill, Backfiller, CannotBackfill
 from pipelines.operating.dead_letters import DeadLetters, Selection
 from pipelines.operating.selecting import age
+
+_BACKFILL = "dagster/backfill"
+_FIRST_DAY = "dagster/asset_partition_range_start"
+_UNDER_WAY = (dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
+_NOT_BEGUN = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)
+_LOOK_AGAIN = 1.0
 
 _SHOWN = 200
 _TELL_EVERY = 50
@@ -65,6 +72,7 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
                 allow_retries=False,
             )
         since, until = context.partition_time_window
+        _let_earlier_days_go_first(context, clock)
         missing = _missing(context, backfiller, since)
         appended = _append_again(
             context, backfiller, Backfill(target=target, stream=stream, mode=mode, since=since, until=until)
@@ -89,6 +97,35 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
     return send_again
 
 
+def _let_earlier_days_go_first(context: dg.OpExecutionContext, clock: Clock) -> None:
+    """Wait for the runs of the same backfill that send earlier days of the same asset again.
+
+    Dagster makes a run of each stretch of days, and starts all of them at once: events would go out in any order.
+    """
+    ours = context.instance.get_run_record_by_id(context.run_id)
+    backfill = context.run.tags.get(_BACKFILL)
+    if ours is None or backfill is None:
+        return
+    told = set[str]()
+    turn = Condition()
+    while earlier := [
+        other.dagster_run.run_id
+        for other in context.instance.get_run_records(
+            dg.RunsFilter(tags={_BACKFILL: backfill}, statuses=[*_UNDER_WAY, *_NOT_BEGUN])
+        )
+        if context.asset_key in (other.dagster_run.asset_selection or ())
+        and other.dagster_run.tags.get(_FIRST_DAY, "") < context.partition_key_range.start
+        # One that is queued behind this one could wait for the place that this one has.
+        and (other.dagster_run.status in _UNDER_WAY or other.storage_id < ours.storage_id)
+    ]:
+        for run_id in earlier:
+            if run_id not in told:
+                context.log.info(f"waits for run {run_id}, which sends earlier days; if it hangs, terminate it")
+        told.update(earlier)
+        with turn:
+            clock.wait(turn, _LOOK_AGAIN)
+
+
 def _missing(context: dg.OpExecutionContext, backfiller: Backfiller, since: datetime) -> dict[str, str]:
     """Say in the log and in the metadata what of the days cannot be sent again."""
     kept_since = backfiller.kept_since()
@@ -107,7 +144,10 @@ def _append_again(context: dg.OpExecutionContext, backfiller: Backfiller, backfi
     try:
         for step, progress in enumerate(backfiller.run(backfill, run_id=context.run_id)):
             appended = progress.appended
-            if progress.done or step % _TELL_EVERY == 0:
+            if progress.waiting:
+                if not step:
+                    context.log.info("waits for another run, which is sending days of this again")
+            elif progress.done or step % _TELL_EVERY == 0:
                 context.log.info(f"{backfill.target}/{backfill.stream}: {appended} records appended")
     except CannotBackfill as error:
         raise dg.Failure(str(error), allow_retries=False) from None

@@ -30,7 +30,9 @@ class BackfillProgress:
 
     appended: int
     """Records so far, those of runs before this one included."""
-    done: bool
+    done: bool = False
+    waiting: bool = False
+    """For another run, which is sending days of the same target and stream again: one at a time does."""
 
 
 class CannotBackfill(Exception):
@@ -44,7 +46,7 @@ class Backfiller(ABC):
     def run(self, backfill: Backfill, *, run_id: str) -> Iterator[BackfillProgress]:
         """Append step after step, each committed when it is yielded; at last one that is done. Raises CannotBackfill.
 
-        One that was done before begins anew.
+        While another run is at it, it yields again and again that it is waiting. One that was done before begins anew.
         """
 
     @abstractmethod

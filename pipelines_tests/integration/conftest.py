@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ import yaml
 from psycopg import sql
 
 ROOT = Path(__file__).parents[2]
+
+_PIN = 4711
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,29 @@ class Deployment:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+    @contextmanager
+    def pinned(self, key: str) -> Iterator[Callable[[], bool]]:
+        """Have the append of a record of *key*, addressed to a target, wait until the context ends.
+
+        Yields what says whether one is waiting.
+        """
+        waiting = "select exists (select from pg_locks where locktype = 'advisory' and objid = %s and not granted)"
+        with psycopg.connect(self.database, autocommit=True) as pin:
+            pin.execute("select pg_advisory_lock(%s)", [_PIN])
+            pin.execute(
+                "create function pin() returns trigger language plpgsql as"
+                f" 'begin perform pg_advisory_xact_lock({_PIN}); return new; end'"
+            )
+            pin.execute(
+                "create trigger pin before insert on distributary.change_log for each row"
+                f" when (new.target is not null and new.key = '{key}') execute function pin()"
+            )
+            try:
+                yield lambda: pin.execute(waiting, [_PIN]).fetchone() == (True,)
+            finally:
+                pin.execute("select pg_advisory_unlock(%s)", [_PIN])
+                pin.execute("drop function pin cascade")
 
     def _command(self, program: str, arguments: tuple[str, ...]) -> list[str]:
         return [str(Path(sys.executable).with_name(program)), *arguments]

@@ -8,8 +8,7 @@ the source holds.
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +27,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 SOURCE: Any = {"tables": {"customers": {"key": "id"}}}
 RECORD = {"id": "$id", "name": "$name", "change": "$_change_id"}
 EXECUTE = ("job", "execute", "-m", "pipelines.definitions", "-j")
-PIN = 4711
 
 
 class World:
@@ -97,7 +95,7 @@ class World:
 
     def kill(self, *arguments: str, at: str) -> None:
         """Launch a run, and kill it while the record of the key *at* is being appended."""
-        with self._pinned(at) as is_there, self.deployment.started("dagster", *arguments) as (process, log):
+        with self.deployment.pinned(at) as is_there, self.deployment.started("dagster", *arguments) as (process, log):
             wait_until(is_there, f"the record of {at} is appended", log, seconds=60)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -107,26 +105,6 @@ class World:
             " where datname = current_database() and application_name like 'distributary%'"
         )
         wait_until(lambda: self.deployment.query(there) == [], "the run's connections are gone", log)
-
-    @contextmanager
-    def _pinned(self, key: str) -> Iterator[Callable[[], bool]]:
-        """Have the append of a record of *key*, addressed to somebody, wait until the context ends."""
-        waiting = "select exists (select from pg_locks where locktype = 'advisory' and objid = %s and not granted)"
-        with psycopg.connect(self.deployment.database, autocommit=True) as pin:
-            pin.execute("select pg_advisory_lock(%s)", [PIN])
-            pin.execute(
-                "create function pin() returns trigger language plpgsql as"
-                f" 'begin perform pg_advisory_xact_lock({PIN}); return new; end'"
-            )
-            pin.execute(
-                "create trigger pin before insert on distributary.change_log for each row"
-                f" when (new.target is not null and new.key = '{key}') execute function pin()"
-            )
-            try:
-                yield lambda: pin.execute(waiting, [PIN]).fetchone() == (True,)
-            finally:
-                pin.execute("select pg_advisory_unlock(%s)", [PIN])
-                pin.execute("drop function pin cascade")
 
 
 @pytest.fixture

@@ -22,7 +22,10 @@ _LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(execu
     ... on RunConfigValidationInvalid { errors { message } } } }"""
 _BACKFILL = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
     __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"""
-_RUNS = "query($filter: RunsFilter) { runsOrError(filter: $filter) { ... on Runs { results { runId } } } }"
+_BACKFILL_RUNS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill {
+    numPartitions runs { id tags { key value } } assetBackfillData { assetBackfillStatuses {
+        ... on AssetPartitionsStatusCounts {
+            numPartitionsInProgress numPartitionsMaterialized numPartitionsFailed } } } } } }"""
 _RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status
     assetMaterializations { assetKey { path } partition metadataEntries { label
         ... on IntMetadataEntry { intValue } ... on TextMetadataEntry { text } } } } } }"""
@@ -113,16 +116,30 @@ class Ui:
         assert launched["__typename"] == "LaunchBackfillSuccess", launched
         return str(launched["backfillId"])
 
-    def run_of_backfill(self, backfill: str, *, seconds: float = 90.0) -> str:
-        """Return the id of the run by which a backfill does all its days; the daemon looks every half minute."""
+    def run_of_backfill(self, backfill: str) -> str:
+        """Return the id of the run by which a backfill does all its days."""
+        (run,) = self.runs_of_backfill(backfill).values()
+        return run
 
-        def launched() -> str | None:
-            runs = self.ask(_RUNS, filter={"tags": [{"key": "dagster/backfill", "value": backfill}]})
-            found = runs["runsOrError"]["results"]
-            assert len(found) <= 1, "a backfill of one asset's days is one run"
-            return str(found[0]["runId"]) if found else None
+    def runs_of_backfill(self, backfill: str, *, seconds: float = 90.0) -> Mapping[tuple[str, str], str]:
+        """Return the ids of a backfill's runs, by their first day and their last; the daemon looks every half minute.
 
-        return wait_until(launched, f"the backfill {backfill} launches a run", self._log, seconds=seconds)
+        It launches all of them at once, and knows then what it has asked for.
+        """
+
+        def launched() -> Mapping[tuple[str, str], str] | None:
+            found = self.ask(_BACKFILL_RUNS, id=backfill)["partitionBackfillOrError"]
+            statuses = found["assetBackfillData"]["assetBackfillStatuses"]
+            asked = sum(sum(one.values()) for one in statuses)
+            runs = {
+                (tags["dagster/asset_partition_range_start"], tags["dagster/asset_partition_range_end"]): run["id"]
+                for run in found["runs"]
+                if (tags := {tag["key"]: tag["value"] for tag in run["tags"]})
+            }
+            assert len(runs) == len(found["runs"]), "no days have two runs"
+            return runs if runs and asked == found["numPartitions"] else None
+
+        return wait_until(launched, f"the backfill {backfill} launches its runs", self._log, seconds=seconds)
 
     def wait_for_run(self, run: str, *, seconds: float = 60.0) -> Mapping[str, Any]:
         """Return a run once it has ended: its status and what it materialized."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
+from threading import Condition
 from typing import Any
 
 import dagster as dg
@@ -64,14 +65,19 @@ class World:
         delivery_job.execute_in_process(resources=self.resources, raise_on_error=False)
         return self.sent(before)
 
-    def materialize(self, first: int, last: int) -> tuple[dg.ExecuteInProcessResult, list[tuple[str, str, str]]]:
+    def materialize(
+        self, first: int, last: int, *, instance: dg.DagsterInstance | None = None, backfill: str | None = None
+    ) -> tuple[dg.ExecuteInProcessResult, list[tuple[str, str, str]]]:
         """Materialize the days from *first* to *last*, as a backfill does."""
         before = len(self.target.sent)
         days = {
             "dagster/asset_partition_range_start": (FIRST + timedelta(days=first)).isoformat(),
             "dagster/asset_partition_range_end": (FIRST + timedelta(days=last)).isoformat(),
         }
-        done = dg.materialize([self.asset], resources=self.resources, tags=days, raise_on_error=False)
+        tags = days if backfill is None else {**days, "dagster/backfill": backfill}
+        done = dg.materialize(
+            [self.asset], resources=self.resources, tags=tags, instance=instance, raise_on_error=False
+        )
         return done, self.sent(before)
 
     def sent(self, since: int) -> list[tuple[str, str, str]]:
@@ -83,6 +89,19 @@ class World:
             )
             for request in self.target.sent[since:]
         ]
+
+
+class Ending(SystemClock):
+    """Time in which, whenever it is waited, one run more ends: the last first."""
+
+    def __init__(self, instance: dg.DagsterInstance, runs: list[str]) -> None:
+        self._instance, self.left = instance, list(runs)
+
+    def wait(self, condition: Condition, seconds: float | None) -> None:
+        if self.left:
+            self._instance.delete_run(self.left.pop())
+        else:
+            super().wait(condition, seconds)
 
 
 @pytest.fixture
@@ -272,16 +291,62 @@ def test_one_that_is_interrupted_goes_on_where_it_was(
         assert sorted(names) == ["A", "B", "C", "D", "E", "F", "G", "newer", "newer"]
 
 
-def test_two_runs_never_append_the_same(database: str, connection: psycopg.Connection):
+def test_while_another_run_is_at_it_one_waits(
+    database: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("resources.postgres_backfiller._LOOK_AGAIN", 0.01)
     world = World(database, connection, mode="state")
     world.write("1", "Ada", day=0)
     world.deliver()
+    since = datetime(FIRST.year, FIRST.month, FIRST.day, tzinfo=UTC)
+    backfill = Backfill(target="crm", stream="people", mode="state", since=since, until=since + timedelta(days=1))
+    steps = world.resources["backfiller"].run(backfill, run_id="run")
     with psycopg.connect(database) as other:
         other.execute("select pg_advisory_lock(hashtextextended('distributary backfill crm/people', 0))")
+        waited = [next(steps) for _ in range(5)]
+        assert connection.execute("select from distributary.backfill").fetchall() == []
+    last = list(steps)[-1]
 
-        done, sent = world.materialize(0, 0)
+    assert {(one.appended, one.waiting, one.done) for one in waited} == {(0, True, False)}
+    assert (last.appended, last.waiting, last.done) == (1, False, True)
 
-    assert (done.success, sent) == (False, [])
+
+def test_of_one_backfill_the_earlier_days_go_first(database: str, connection: psycopg.Connection):
+    """Runs of days that are not next to one another are there at once: neither is behind for ever."""
+    world = World(database, connection, mode="event")
+    world.write("1", "Ada", day=0)
+    world.deliver()
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = dg.Definitions(assets=[world.asset], resources=world.resources).resolve_implicit_global_asset_job_def()
+
+        def run_of(day: int, *, backfill: str, status: dg.DagsterRunStatus) -> str:
+            of_day = (FIRST + timedelta(days=day)).isoformat()
+            tags = {
+                "dagster/backfill": backfill,
+                "dagster/asset_partition_range_start": of_day,
+                "dagster/asset_partition_range_end": of_day,
+            }
+            selected = frozenset({world.asset.key})
+            return instance.create_run_for_job(job, tags=tags, status=status, asset_selection=selected).run_id
+
+        earlier = [
+            run_of(1, backfill="b", status=dg.DagsterRunStatus.STARTED),
+            run_of(2, backfill="b", status=dg.DagsterRunStatus.NOT_STARTED),
+        ]
+        run_of(1, backfill="other", status=dg.DagsterRunStatus.STARTED)
+        run_of(9, backfill="b", status=dg.DagsterRunStatus.STARTED)
+        clock = Ending(instance, earlier)
+        world.resources["clock"] = clock
+
+        done, _ = world.materialize(5, 5, instance=instance, backfill="b")
+
+        waited = [
+            record.user_message for record in instance.all_logs(done.run_id) if "waits for run" in record.user_message
+        ]
+    assert done.success
+    assert clock.left == []
+    assert [any(run in line for line in waited) for run in earlier] == [True, True]
+    assert len(waited) == 2
 
 
 def test_what_was_pruned_is_said_to_be_missing(database: str, connection: psycopg.Connection):
