@@ -25,7 +25,7 @@ STREAMS = {
 }
 ALL = {"repair": "all", "delete_extra": True, "max_repair_fraction": 1.0}
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120 + 20 * ROUNDS)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(200 + 60 * ROUNDS)]
 
 _PLANE = "(tailnum, type, manufacturer, model, engines, seats, engine)"
 
