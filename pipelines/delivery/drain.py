@@ -34,6 +34,7 @@ from pipelines.delivery.sending import DrainEnded, RetryPolicy, Sender, Sent
 from pipelines.delivery.target import TargetClient
 
 _COLLECT_AFTER = (50_000, 20, 100)
+_FIRST_WINDOW = 1_000
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
 _BETWEEN_COMMITS = 0.05
@@ -261,6 +262,8 @@ class _Loop:
         self._held_records = 0
         self._held_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
+        # The first window is small, so that the lanes have something to do while the next, twice as large, is planned.
+        self._largest_window = _FIRST_WINDOW
         self._touched_at = self._committed_at = now
         self._learned: dict[tuple[str, str], int] = {}
         self._holds = KeyHolds()
@@ -428,9 +431,10 @@ class _Loop:
         if self._holds.blocks_unwritten:
             return  # first the refusal, then what is dead because of it
         pending = self._ledger.pending(
-            max_records=self._limits.window_records - self._held_records,
+            max_records=min(self._largest_window, self._limits.window_records - self._held_records),
             max_bytes=self._limits.window_bytes - self._held_bytes,
         )
+        self._largest_window = min(2 * self._largest_window, self._limits.window_records)
         self._more, self._read_at = not pending.complete, self._clock.monotonic()
         self._read_nothing = not pending.records
         if not pending.records and pending.decided_up_to is None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain
-from pipelines.delivery.ledger import Leftover, Settlement
+from pipelines.delivery.ledger import Leftover, PendingWindow, Settlement
 from pipelines.delivery.report import DrainReport, Recorder
 from pipelines.delivery.routing import Route
 from pipelines.delivery.sending import RetryPolicy
@@ -912,6 +912,24 @@ def test_outcomes_that_nobody_waits_for_are_written_together(monkeypatch: pytest
     assert sum(commits) == 60
     assert max(commits) <= 40
     assert len(commits) <= 12
+
+
+def test_the_lanes_are_given_a_little_before_windows_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the whole of a first window is read and planned, nothing would be sent."""
+    ledger = a_ledger(9_000)
+    asked: list[int] = []
+    working = FakeTargetLedger.pending
+
+    def noted(self: FakeTargetLedger, *, max_records: int, max_bytes: int) -> PendingWindow:
+        asked.append(max_records)
+        return working(self, max_records=max_records, max_bytes=max_bytes)
+
+    monkeypatch.setattr(FakeTargetLedger, "pending", noted)
+    run(ledger, ScriptedTarget(), limits=DrainLimits(window_records=3_000))
+
+    assert_conserved(ledger, accepted=9_000)
+    assert asked[:2] == [1_000, 2_000]
+    assert max(asked) <= 3_000
 
 
 def test_a_refusal_is_written_at_once() -> None:
