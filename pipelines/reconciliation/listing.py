@@ -300,14 +300,27 @@ class Reader:
 
 @dataclass(slots=True)
 class Circles:
-    """Notices a listing that goes in circles, by pages that bring nothing new."""
+    """Notices a listing that goes in circles: by pages that bring nothing new, or by one that leads back."""
 
-    without_news: int = 0
+    known: int = 0
+    """Pages that were read before this listing began, or went on: they may bring nothing new."""
+    _without_news: int = 0
+    _mark: str | None = None
+    """The path of a page on the way. It is set anew after 1, 2, 4, 8 … pages, so that every circle comes by it."""
+    _since: int = 0
+    _until: int = 1
 
     def look(self, page: Page, *, path: str, news: int) -> None:
         """Note that *page*, asked for by *path*, brought *news* records; raises ListingFailed."""
         if page.next == path:
             raise ListingFailed("a page names itself as the next one; mend read.page")
-        self.without_news = 0 if news or not page.records else self.without_news + 1
-        if self.without_news >= _WITHOUT_NEWS:
-            raise ListingFailed(f"{_WITHOUT_NEWS} pages in a row had only records of earlier pages; mend read.page")
+        if page.next is not None and page.next == self._mark:
+            raise ListingFailed(f"the pages lead in circles, {page.next[:200]} came before; mend read.page")
+        self._since += 1
+        if self._since == self._until:
+            self._mark, self._since, self._until = page.next, 0, self._until * 2
+        self._without_news = 0 if news or not page.records else self._without_news + 1
+        if self._without_news >= _WITHOUT_NEWS + self.known:
+            raise ListingFailed(
+                f"{self._without_news} pages in a row had only records of earlier pages; mend read.page"
+            )

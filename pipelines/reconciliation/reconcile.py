@@ -200,7 +200,7 @@ class Reconciliation:
             self._read_pages(begin(0).next)
 
     def _read_pages(self, path: str | None) -> None:
-        circles = Circles()
+        circles = Circles(known=self._pages)
         while path is not None:
             page = read_page(self.subject.read, self.reader.get(path), path=path, base_url=self.subject.base_url)
             ahead = page.next
@@ -209,7 +209,11 @@ class Reconciliation:
             self._listed += news
             self._unkeyed += page.unkeyed
             self._total = page.total
-            circles.look(page, path=path, news=news)
+            try:
+                circles.look(page, path=path, news=news)
+            except ListingFailed:
+                self.workspace.discard()  # to go on there would be to go round once more
+                raise
             if self._pages % _PAGES_A_LINE == 0:
                 self.say(f"{self._listed:,} records listed so far, in {self._pages:,} pages")
             path = ahead

@@ -214,16 +214,45 @@ def test_a_total_is_read_from_the_body_or_a_header() -> None:
     assert page(ITEMS).total is None
 
 
-def test_a_page_that_names_itself_or_brings_nothing_new_again_and_again_is_a_circle() -> None:
-    circles = Circles()
-    again = Page(records={"1": b"{}"}, unkeyed=0, next="/x?after=2", total=None)
+def look(circles: Circles, at: int, following: int, *, records: Mapping[str, bytes] | None = None) -> None:
+    """Have *circles* look at a page without news."""
+    page = Page(records=records or {}, unkeyed=0, next=f"/x?after={following}", total=None)
+    circles.look(page, path=f"/x?after={at}", news=0)
 
+
+def test_a_page_that_names_itself_is_a_circle() -> None:
     with pytest.raises(ListingFailed, match="names itself"):
-        circles.look(again, path="/x?after=2", news=1)
-    for number in range(9):
-        circles.look(again, path=f"/x?after={number + 10}", news=0)
-    with pytest.raises(ListingFailed, match="only records of earlier pages"):
-        circles.look(again, path="/x?after=20", news=0)
+        look(Circles(), 2, 2)
+
+
+@pytest.mark.parametrize("known", [0, 50])
+def test_pages_that_bring_nothing_new_again_and_again_are_a_circle(known: int) -> None:
+    """Those that were read before may."""
+    circles = Circles(known=known)
+
+    for number in range(known + 9):
+        look(circles, number, number + 1, records={"1": b"{}"})
+    with pytest.raises(ListingFailed, match=f"{known + 10} pages in a row had only records of earlier pages"):
+        look(circles, known + 9, known + 10, records={"1": b"{}"})
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 100])
+def test_pages_without_records_that_lead_back_are_a_circle_however_long(length: int) -> None:
+    circles = Circles()
+
+    def walk() -> None:
+        for number in range(10 * length):
+            look(circles, number % length, (number + 1) % length)
+
+    with pytest.raises(ListingFailed, match="in circles"):
+        walk()
+
+
+def test_many_pages_without_records_are_no_circle_if_each_is_another() -> None:
+    circles = Circles()
+
+    for number in range(1000):
+        look(circles, number, number + 1)
 
 
 # Asking --------------------------------------------------------------------------------------------------------------

@@ -269,6 +269,46 @@ def test_what_is_missing_from_a_counted_list_is_found_though_others_come_and_go(
     assert (drift(found), found.appended.snapshots) == ((1, 0, 0), 1)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_list_of_many_pages_that_is_read_again_is_not_taken_for_a_circle(world: World, interrupted: bool) -> None:
+    world.route = {"read": {"page": OFFSET}}
+    world.fill(45)
+    del world.api.records["p08"]
+    asked: list[str] = []
+
+    def meddle(number: int, path: str) -> Any:
+        world.execute("update people set name = %s where id = 'p02'", str(number))
+        world.deliver()
+        asked.append(path)
+        return failing() if interrupted and asked.count("/people?limit=3&skip=3") > 1 and not recovered else None
+
+    world.api.before = meddle
+    recovered = not interrupted
+    if interrupted:
+        with pytest.raises(ListingFailed, match="unwell"):
+            world.reconcile()
+    recovered = True
+
+    assert drift(world.reconcile()) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("items", ["[]", '[{"name": "made by hand"}]'])
+def test_pages_without_a_key_of_ours_that_lead_in_circles_end_the_listing(world: World, items: str) -> None:
+    world.fill(3)
+    world.api.records["p99"] = {"id": "p99", "name": "n"}  # there is a second page
+    around = {"b": "c", "c": "d", "d": "b"}
+
+    def lead(number: int, path: str) -> Any:
+        assert number < 50
+        at = path.rpartition("after=")[2]
+        return answer(200, f'{{"items": {items}, "next": "{around.get(at, "b")}"}}'.encode()) if number else None
+
+    world.api.before = lead
+
+    with pytest.raises(ListingFailed, match="in circles"):
+        world.reconcile()
+
+
 def test_a_short_page_in_the_middle_is_not_the_end(world: World) -> None:
     world.route = {"read": {"page": OFFSET}}
     world.fill(10)
