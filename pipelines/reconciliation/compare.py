@@ -8,7 +8,7 @@ the route says how loosely a field is meant.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Of doubles that were written with fewer digits, or read by a parser that rounds to a neighbour.
 _CLOSE = 1e-12
+_LONG = 1000
 
 decode: Callable[[bytes | str], Any] = msgspec.json.Decoder(float_hook=Decimal).decode
 """Read JSON, keeping every digit."""
@@ -80,6 +81,19 @@ class Difference:
 
     key: str
     fields: tuple[str, ...]
+
+
+def number_text(value: int | Decimal) -> str:
+    """Return *value* with every digit, and no zero that says nothing: 17 for 17.0."""
+    if isinstance(value, int):
+        return str(value)
+    if not value:
+        return "0"
+    exponent = value.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -_LONG or value.adjusted() > _LONG:
+        return str(value)  # written out, 1E+999999999 would fill the memory
+    text = f"{value:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def part_of(document: Any, at: JsonPath) -> Any:
@@ -195,8 +209,16 @@ def _same(one: Any, other: Any, rules: Rules) -> bool:
     if "float" in rules:
         left, right = _loosely(one, "number"), _loosely(other, "number")
         if isinstance(left, int | Decimal) and isinstance(right, int | Decimal):
-            return math.isclose(float(left), float(right), rel_tol=_CLOSE)
+            return _is_close(left, right)
     return False
+
+
+def _is_close(one: int | Decimal, other: int | Decimal) -> bool:
+    try:
+        left, right = float(one), float(other)
+    except OverflowError:
+        return False  # a whole number that no double can hold; that it is not the same is known already
+    return math.isfinite(left) and math.isfinite(right) and math.isclose(left, right, rel_tol=_CLOSE)
 
 
 def _loosely(value: Any, rule: Rule) -> Any:
@@ -225,15 +247,16 @@ def _as_number(text: str) -> Any:
         number = Decimal(text.strip())
     except InvalidOperation:
         return text
-    return number if number.is_finite() else text
+    return (
+        number if number.is_finite() and "_" not in text else text
+    )  # Python reads 1_000 as a number, nobody else does
 
 
 def _as_text(value: Any) -> Any:
     if isinstance(value, _Word):
         return "" if value is _NULL else value.text
     if isinstance(value, int | Decimal):
-        number = Decimal(value).normalize()
-        return f"{number:f}"
+        return number_text(value)
     return value
 
 
@@ -245,9 +268,10 @@ def _as_time(text: str) -> Any:
             time = datetime.combine(date.fromisoformat(text.strip()), datetime.min.time())
         except ValueError:
             return text
-    return (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).astimezone(UTC)
+    # As what has passed: the first and the last day of the calendar have no UTC in some zones.
+    return time.replace(tzinfo=None) - datetime.min - (time.utcoffset() or timedelta())
 
 
 def _as_boolean(value: Any) -> Any:
-    said = value.text if isinstance(value, _Word) else str(value).strip().lower()
+    said = value.text if isinstance(value, _Word) else str(_as_text(value)).strip().lower()
     return {"true": _TRUE, "false": _FALSE, "1": _TRUE, "0": _FALSE, "t": _TRUE, "f": _FALSE}.get(said, value)

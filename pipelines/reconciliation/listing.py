@@ -24,7 +24,7 @@ from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.sections import JsonPath
 from pipelines.delivery.sending import RetryPolicy
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
-from pipelines.reconciliation.compare import decode
+from pipelines.reconciliation.compare import decode, number_text
 
 _RETRIED = frozenset({408, 420, 421, 423, 425, 429, 430, 500, 502, 503, 504})
 _WITHOUT_NEWS = 10
@@ -63,7 +63,7 @@ def _key_text(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case Decimal():
-            return f"{value.normalize():f}"
+            return number_text(value)
         case _:
             return str(value)
 

@@ -160,6 +160,12 @@ def test_numbers_keep_their_digits() -> None:
     assert record == b'{"id":12345678901234567890,"n":1.10,"m":123456789.123456789123}'
 
 
+def test_a_key_that_is_a_number_is_matched_by_its_value_however_it_is_written() -> None:
+    body = b'[{"id": 17.0}, {"id": 1e3}, {"id": -0.0}, {"id": 12345678901234567890123456789.50}, {"id": 1e999999999}]'
+
+    assert list(page(body).records) == ["17", "1000", "0", "12345678901234567890123456789.5", "1E+999999999"]
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
