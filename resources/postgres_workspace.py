@@ -130,6 +130,7 @@ class PostgresWorkspace(Workspace):
         # In this order: what is on its way may mend what is dead.
         self._execute("mark_in_flight", composite=self._reader.composite)
         self._execute("mark_dead", composite=self._reader.composite)
+        self._execute("mark_twins")
         (moving,) = self._execute("moving", composite=self._reader.composite)[0]
         found: dict[Kind, list[Finding]] = {}
         for kind, match, key, fields, reason in self._execute("samples", limit=samples):
@@ -160,7 +161,11 @@ class PostgresWorkspace(Workspace):
             if not found:
                 return
             after = found[-1][0]
-            yield self._append_extra([m for m, _ in found]) if kind == "extra" else self._append([k for _, k in found])
+            if kind != "extra":
+                yield self._append([key for _, key, _ in found])
+                continue
+            alone = [match for match, _, twin in found if twin is None]
+            yield self._append_extra(alone) + Appended(impossible=len(found) - len(alone))
 
     def _append(self, keys: Sequence[str]) -> Appended:
         appended = self._rows.append_present(target=self._of["target"], keys=keys)

@@ -27,6 +27,8 @@ from pipelines.delivery.target import Answer, NoAnswer, TargetClient
 from pipelines.reconciliation.compare import decode, number_text
 
 _RETRIED = frozenset({408, 420, 421, 423, 425, 429, 430, 500, 502, 503, 504})
+_LONGEST_KEY = 2600
+"""Bytes; an index of Postgres holds little more, the source's own too."""
 _WITHOUT_NEWS = 10
 """So many pages in a row with nothing on them but what was listed before are a circle."""
 
@@ -103,7 +105,8 @@ def read_page(read: ReadConfig, answer: Answer, *, path: str, base_url: str) -> 
     for item in items:
         values = [_found(item, at) for at in read.key]
         match = match_key(values)
-        if any(value is None or isinstance(value, dict | list) for value in values) or "\x00" in match:
+        odd = "\x00" in match or len(match.encode()) > _LONGEST_KEY
+        if odd or any(value is None or isinstance(value, dict | list) for value in values):
             unkeyed += 1
             continue
         records[match] = _encode(_found(item, read.item))

@@ -77,7 +77,7 @@ class Appended:
     busy: int = 0
     """Records that are being changed, or whose table is: they are left to the next time."""
     impossible: int = 0
-    """Extra records whose key is none that the table could have."""
+    """Extra records whose key is none that the table could have, or that of a missing one, written another way."""
 
     def __add__(self, other: "Appended") -> "Appended":
         return Appended(
@@ -131,7 +131,11 @@ class Workspace(ABC):
 
     @abstractmethod
     def summarize(self, *, samples: int) -> Summary:
-        """Tell apart what is on its way and what has an open dead letter, and count."""
+        """Tell apart what is on its way and what has an open dead letter, and count.
+
+        An extra record whose key is that of a row which is not listed, but for case, blanks and Unicode's forms, has a
+        `reason` that says so.
+        """
 
     @abstractmethod
     def loaded(self) -> bool:
@@ -145,7 +149,7 @@ class Workspace(ABC):
     def append(self, kind: Kind, *, limit: int) -> Iterator[Appended]:
         """Append, chunk by chunk, the state of the row now of each record of that *kind*, addressed to the target.
 
-        Of extra records that is a deletion, if the source still has no such row.
+        Of extra records that is a deletion, if the source still has no such row. Those with a `reason` stay.
         """
 
 

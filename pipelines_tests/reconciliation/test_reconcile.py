@@ -1,5 +1,6 @@
 """Listed, compared and repaired against a real Postgres: what is found, what is no drift, what breaking off costs."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,41 @@ def test_an_extra_record_whose_key_the_table_could_not_have_is_left(
     assert drift(found) == (0, 0, 3)
     assert (found.appended.deletes, found.appended.impossible) == (1, 2)
     assert world.addressed() == [("delete", "99", {"id": 99})]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("Ada@x.org", "ada@x.org"), ("Jose\u0301", "Jos\u00e9"), (" p", "p"), ("\uff21", "a")]
+)
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_record_whose_key_is_a_missing_one_written_another_way_is_named_so_and_never_deleted(
+    world: World, ours: str, theirs: str, moving: bool
+) -> None:
+    """The target writes keys its own way: what looks extra is the only record of the row that looks missing."""
+    world.fill(30)
+    world.execute("insert into people values (%s, 'n'), ('B', 'n')", ours)
+    world.deliver()
+    world.api.records[theirs] = world.api.records.pop(ours) | {"id": theirs}
+    world.api.records["b"] = {"id": "b", "name": "another's: the target tells them apart"}
+    if moving:
+        world.execute("update people set name = 'm' where id = %s", ours)
+
+    found = world.reconcile(**ALL)
+
+    assert drift(found) == (0 if moving else 1, 0, 2)
+    reasons = {one.match: one.reason for one in found.summary.samples["extra"]}
+    assert reasons == {"b": None, theirs: f"{ours} of the source, written another way: not to be deleted"}
+    assert (found.appended.deletes, found.appended.impossible) == (1, 1)
+    assert [key for operation, key, _ in world.addressed() if operation == "delete"] == ["b"]
+
+
+def test_a_record_whose_key_is_longer_than_any_of_the_sources_is_the_targets_own(world: World) -> None:
+    world.fill(3)
+    key = "".join(hashlib.sha256(bytes([number])).hexdigest() for number in range(100))
+    world.api.records[key] = {"id": key, "name": "theirs"}
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.unkeyed) == ((0, 0, 0), 1)
 
 
 def test_a_key_of_several_columns_is_matched_whatever_the_types(database: str, connection: psycopg.Connection) -> None:

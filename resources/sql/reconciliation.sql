@@ -112,6 +112,22 @@ where f.listing_id = %(listing_id)s and g.listing_id = f.listing_id and f.kind i
       where d.target = g.target and d.stream = g.stream and d.state = 'open'
   )
 
+-- name: mark_twins
+-- A target that writes keys its own way has the record of a row that seems missing, under a key that seems extra.
+with keys as materialized (
+    select match, kind, key,
+           lower(btrim(case when getdatabaseencoding() = 'UTF8' then normalize(match, nfkc) else match end)
+                 collate "default") as plain
+    from distributary.found
+    where listing_id = %(listing_id)s and kind in ('missing', 'in_flight', 'dead', 'extra')
+      and exists (select from distributary.found where listing_id = %(listing_id)s and kind = 'extra')
+)
+update distributary.found f
+set reason = twin.key || ' of the source, written another way: not to be deleted'
+from keys as extra
+join keys as twin on twin.plain = extra.plain and twin.kind <> 'extra' and twin.key is not null
+where f.listing_id = %(listing_id)s and f.match = extra.match and extra.kind = 'extra'
+
 -- name: moving
 select count(*) from ({selected}) as moving
 
@@ -161,7 +177,7 @@ select exists (
 )
 
 -- name: next_found
-select f.match, f.key
+select f.match, f.key, f.reason
 from distributary.found f
 where f.listing_id = %(listing_id)s and f.kind = %(kind)s and (%(after)s::text is null or f.match > %(after)s)
 order by f.match
