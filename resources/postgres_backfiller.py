@@ -1,11 +1,13 @@
 """Backfills in Postgres, behind the port of `pipelines.operating.backfilling`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
 from typing import Any
 
 import psycopg
+from psycopg.types.json import Jsonb
 
 from pipelines.changes.config import SourceConfig
 from pipelines.operating.backfilling import Backfill, Backfiller, BackfillProgress, CannotBackfill
@@ -51,7 +53,8 @@ class PostgresBackfiller(Backfiller):
                     f"{backfill.target} was never delivered to; its first delivery gives it what its 'start' says."
                 ) from None
             assert found is not None
-            place, appended = found
+            place, appended, by_day = found
+            tally = _Tally(appended, by_day)
             what = "events" if rows is None else "keys"
             # Kept by the server, outside of any transaction: nobody's vacuum waits for it.
             with connection.cursor(name="backfill", withhold=True) as cursor:
@@ -59,40 +62,46 @@ class PostgresBackfiller(Backfiller):
                 while part := cursor.fetchmany(_AT_ONCE):
                     step = {**of_this, "position": str(part[-1][0])}
                     if rows is None:
-                        appended += self._append_events(connection, step, [change_id for (change_id,) in part])
+                        self._append_events(connection, step, part, tally)
                     else:
-                        for more in self._append_states(connection, step, dict(part), rows):
-                            appended += more
-                            yield BackfillProgress(appended=appended)
-                    yield BackfillProgress(appended=appended)
+                        for _ in self._append_states(connection, step, part, rows, tally):
+                            yield tally.progress()
+                    yield tally.progress()
             connection.execute(self._sql["finish"], of_this)
-            yield BackfillProgress(appended=appended, done=True)
+            yield tally.progress(done=True)
 
-    def _append_events(self, connection: psycopg.Connection, step: Mapping[str, Any], part: Sequence[int]) -> int:
+    def _append_events(
+        self, connection: psycopg.Connection, step: Mapping[str, Any], part: Sequence[tuple[int, date]], tally: "_Tally"
+    ) -> None:
         with connection.transaction():
-            parameters = {"target": step["target"], "change_ids": list(part)}
-            appended = connection.execute(self._append_originals, parameters).rowcount
-            connection.execute(self._sql["advance"], {**step, "appended": appended})
-        return appended
+            parameters = {"target": step["target"], "change_ids": [change_id for change_id, _ in part]}
+            connection.execute(self._append_originals, parameters)
+            tally.add(day for _, day in part)
+            connection.execute(self._sql["advance"], {**step, **tally.columns()})
 
     def _append_states(
-        self, connection: psycopg.Connection, step: Mapping[str, Any], latest: Mapping[str, int], rows: SourceRows
-    ) -> Iterator[int]:
-        """Append the states of the keys of *latest*, each with its latest change then; yield how many more."""
+        self,
+        connection: psycopg.Connection,
+        step: Mapping[str, Any],
+        part: Sequence[tuple[str, int, date]],
+        rows: SourceRows,
+        tally: "_Tally",
+    ) -> Iterator[None]:
+        """Append the states of the keys of *part*, each with its latest change then and its day; yield now and then."""
+        days = {key: day for key, _, day in part}
 
         def as_they_were() -> Mapping[str, Any]:
-            found = connection.execute(self._sql["payloads"], {"change_ids": list(latest.values())})
-            return dict(found.fetchall())
+            latest = [change_id for _, change_id, _ in part]
+            return dict(connection.execute(self._sql["payloads"], {"change_ids": latest}).fetchall())
 
-        appended = 0
-        for more in rows.append_states(target=step["target"], keys=list(latest), payloads=as_they_were):
-            appended += more
-            yield more
-            if not more:
+        for appended in rows.append_states(target=step["target"], keys=list(days), payloads=as_they_were):
+            tally.add(days[key] for key in appended)
+            yield
+            if not appended:
                 # Writers queue behind whoever waits for the table: they are left in peace for longer than that.
                 time.sleep(_PAUSE)
         # Interrupted before this, these keys' states are appended once more.
-        connection.execute(self._sql["advance"], {**step, "appended": appended})
+        connection.execute(self._sql["advance"], {**step, **tally.columns()})
 
     def _rows_of(self, connection: psycopg.Connection, stream: str) -> SourceRows:
         config = self._source.tables.get(stream)
@@ -108,3 +117,22 @@ class PostgresBackfiller(Backfiller):
         with self._connect() as connection:
             found = connection.execute(self._sql["kept_since"]).fetchone()
         return None if found is None else found[0]
+
+
+class _Tally:
+    """How many records were appended so far, and of which days."""
+
+    def __init__(self, appended: int, by_day: Mapping[str, int]) -> None:
+        self._appended = appended
+        self._by_day = Counter({date.fromisoformat(day): count for day, count in by_day.items()})
+
+    def add(self, days: Iterable[date]) -> None:
+        more = Counter(days)
+        self._appended += more.total()
+        self._by_day += more
+
+    def columns(self) -> Mapping[str, Any]:
+        return {"appended": self._appended, "by_day": Jsonb({str(day): count for day, count in self._by_day.items()})}
+
+    def progress(self, *, done: bool = False) -> BackfillProgress:
+        return BackfillProgress(appended=self._appended, by_day=dict(self._by_day), done=done)

@@ -159,36 +159,39 @@ class SourceRows:
 
     def append_states(
         self, *, target: str, keys: Sequence[str], payloads: Callable[[], Mapping[str, Any]] = dict
-    ) -> Iterator[int]:
-        """Append what there is of each of *keys* now, its row or that it has none; yield how many more are committed.
+    ) -> Iterator[set[str]]:
+        """Append what there is of each of *keys* now, its row or that it has none; yield which more are committed.
 
         In several transactions, so that none waits while it holds a row. Where a lock of others is in the way it yields
-        0, and tries what is left again when it is asked to go on. *payloads*, asked only if some seem to have no row,
-        has rows as they were, as for `append_absent`.
+        no key, and tries what is left again when it is asked to go on. *payloads*, asked only if some seem to have no
+        row, has rows as they were, as for `append_absent`.
         """
         left = list(dict.fromkeys(keys))
         while left and self.seem_absent(left):
             try:
                 absent = self.append_absent(target=target, keys=left, payloads=payloads())
             except SourceBusy:
-                yield 0
+                yield set()
                 continue
             left = [key for key in left if key not in absent]
-            yield len(absent)
+            if absent:
+                yield absent
             break
         if left:
             present = self.append_present(target=target, keys=left)
             left = [key for key in left if key not in present]
-            yield len(present)
+            if present:
+                yield present
         while left:
             try:
-                # One that is deleted in between is in the log as it is, for all targets.
                 appended = self.append_one(target=target, key=left[0])
             except SourceBusy:
-                yield 0
+                yield set()
                 continue
-            del left[0]
-            yield int(appended)
+            key = left.pop(0)
+            # One that is deleted in between is in the log as it is, for all targets.
+            if appended:
+                yield {key}
 
     def seem_absent(self, keys: Sequence[str]) -> bool:
         """Say whether some of *keys* seem to have no row; if not, `append_absent` and its lock are not needed."""

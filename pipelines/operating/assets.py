@@ -6,7 +6,7 @@ No `from __future__ import annotations` here: Dagster reads the annotations of a
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import date, datetime
 from threading import Condition
 
 import dagster as dg
@@ -17,7 +17,7 @@ from pipelines.delivery.config import RouteConfig, TargetConfig
 from pipelines.delivery.ledger import Ledger
 from pipelines.delivery.loading import Loader
 from pipelines.delivery.ops import DeliveryPlan, deliver
-from pipelines.operating.backfilling import Backfill, Backfiller, CannotBackfill
+from pipelines.operating.backfilling import Backfill, Backfiller, BackfillProgress, CannotBackfill
 from pipelines.operating.dead_letters import DeadLetters, Selection
 from pipelines.operating.selecting import age
 
@@ -59,7 +59,7 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
         metadata={"mode": mode, "status": config.status, "critical": config.critical},
     )
     def send_again(
-        context: dg.OpExecutionContext,
+        context: dg.AssetExecutionContext,
         ledger: dg.ResourceParam[Ledger],
         targets: dg.ResourceParam[TargetCatalog],
         clock: dg.ResourceParam[Clock],
@@ -73,12 +73,12 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
             )
         since, until = context.partition_time_window
         _let_earlier_days_go_first(context, clock)
-        missing = _missing(context, backfiller, since)
+        _tell_what_is_missing(context, backfiller, since)
         appended = _append_again(
             context, backfiller, Backfill(target=target, stream=stream, mode=mode, since=since, until=until)
         )
         plan = DeliveryPlan(target=target, linger_seconds=0.0, poll_seconds=0.25, max_seconds=86_400.0)
-        report = deliver(context, plan, ledger, targets, clock, loader)
+        report = deliver(context.op_execution_context, plan, ledger, targets, clock, loader)
         if report.end == "held":
             context.log.info(f"{target}: the drain that holds its lock delivers them")
         elif report.end not in ("caught_up", "stopped"):
@@ -92,17 +92,17 @@ def _sync_asset(config: TargetConfig, stream: str, route: RouteConfig) -> dg.Ass
                 f"{target}: {appended} records were appended and {dead} dead-lettered ({reasons}); see dead_letters.",
                 allow_retries=False,
             )
-        return dg.MaterializeResult(metadata={"sent again": appended, **missing})
+        return dg.MaterializeResult(metadata={"sent again by this run": appended})
 
     return send_again
 
 
-def _let_earlier_days_go_first(context: dg.OpExecutionContext, clock: Clock) -> None:
+def _let_earlier_days_go_first(context: dg.AssetExecutionContext, clock: Clock) -> None:
     """Wait for the runs of the same backfill that send earlier days of the same asset again.
 
     Dagster makes a run of each stretch of days, and starts all of them at once: events would go out in any order.
     """
-    ours = context.instance.get_run_record_by_id(context.run_id)
+    ours = context.instance.get_run_record_by_id(context.run.run_id)
     backfill = context.run.tags.get(_BACKFILL)
     if ours is None or backfill is None:
         return
@@ -126,32 +126,36 @@ def _let_earlier_days_go_first(context: dg.OpExecutionContext, clock: Clock) -> 
             clock.wait(turn, _LOOK_AGAIN)
 
 
-def _missing(context: dg.OpExecutionContext, backfiller: Backfiller, since: datetime) -> dict[str, str]:
-    """Say in the log and in the metadata what of the days cannot be sent again."""
+def _tell_what_is_missing(context: dg.AssetExecutionContext, backfiller: Backfiller, since: datetime) -> None:
+    """Say in the log, and in the metadata of the days concerned, what cannot be sent again."""
     kept_since = backfiller.kept_since()
     if kept_since is None or since >= kept_since:
-        return {}
+        return
     missing = (
         f"Of what was made before {kept_since:%Y-%m-%d %H:%M} UTC some is no longer in the log (retention_days): it is "
         "not sent again. initial_load_job sends every row there is."
     )
     context.log.warning(missing)
-    return {"not sent again": missing}
+    for day in context.partition_keys:
+        if DAYS.time_window_for_partition_key(day).start < kept_since:
+            context.add_asset_metadata({"not sent again": missing}, partition_key=day)
 
 
-def _append_again(context: dg.OpExecutionContext, backfiller: Backfiller, backfill: Backfill) -> int:
-    appended = 0
+def _append_again(context: dg.AssetExecutionContext, backfiller: Backfiller, backfill: Backfill) -> int:
+    """Append what is to be sent again, and note how many records of each day; return how many in all."""
+    progress = BackfillProgress(appended=0)
     try:
-        for step, progress in enumerate(backfiller.run(backfill, run_id=context.run_id)):
-            appended = progress.appended
+        for step, progress in enumerate(backfiller.run(backfill, run_id=context.run.run_id)):
             if progress.waiting:
                 if not step:
                     context.log.info("waits for another run, which is sending days of this again")
             elif progress.done or step % _TELL_EVERY == 0:
-                context.log.info(f"{backfill.target}/{backfill.stream}: {appended} records appended")
+                context.log.info(f"{backfill.target}/{backfill.stream}: {progress.appended} records appended")
     except CannotBackfill as error:
         raise dg.Failure(str(error), allow_retries=False) from None
-    return appended
+    for day in context.partition_keys:
+        context.add_asset_metadata({"sent again": progress.by_day.get(date.fromisoformat(day), 0)}, partition_key=day)
+    return progress.appended
 
 
 @dg.asset(name="dead_letters", group_name="operating", kinds={"postgres"})

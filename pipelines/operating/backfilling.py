@@ -4,9 +4,9 @@ A backfill that was interrupted goes on at its last committed step, whichever ru
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
 
 from pipelines.delivery.config import Mode
 
@@ -30,6 +30,8 @@ class BackfillProgress:
 
     appended: int
     """Records so far, those of runs before this one included."""
+    by_day: Mapping[date, int] = field(default_factory=dict)
+    """The same by the day, in UTC, of the change; in mode `state`, of the key's last change of those days."""
     done: bool = False
     waiting: bool = False
     """For another run, which is sending days of the same target and stream again: one at a time does."""

@@ -164,6 +164,33 @@ def test_a_replay_is_not_replayed(database: str, connection: psycopg.Connection)
     assert told(sent) == [("POST", "Ada")]
 
 
+@pytest.mark.parametrize(("mode", "counts"), [("state", [1, 2, 0, 1]), ("event", [3, 3, 0, 1])])
+def test_each_day_tells_its_own_number_and_that_of_the_run(
+    database: str, connection: psycopg.Connection, mode: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """A state counts on the day on which its key changed last."""
+    monkeypatch.setattr("resources.postgres_backfiller._AT_ONCE", 2)
+    world = World(database, connection, mode=mode)
+    for version, (day, key) in enumerate([(0, "1"), (0, "2"), (0, "3"), (1, "1"), (1, "1"), (1, "2"), (3, "4")]):
+        world.write(key, f"{key} for the {version}th time", day=day)
+    connection.execute("delete from people where id = '2'")
+    world.deliver()
+
+    first, _ = world.materialize(0, 1)
+    second, _ = world.materialize(0, 3)
+
+    assert [first.success, second.success] == [True, True]
+    for run, days in ((first, 2), (second, 4)):
+        told = {
+            event.partition: (metadata["sent again"].value, metadata["sent again by this run"].value)
+            for event in run.get_asset_materialization_events()
+            if "sent again" in (metadata := event.materialization.metadata)  # the others are of the delivery
+        }
+        assert told == {
+            (FIRST + timedelta(days=day)).isoformat(): (counts[day], sum(counts[:days])) for day in range(days)
+        }
+
+
 def test_days_without_changes_send_nothing(database: str, connection: psycopg.Connection):
     world = World(database, connection, mode="state")
     world.write("1", "Ada", day=0)
@@ -283,6 +310,8 @@ def test_one_that_is_interrupted_goes_on_where_it_was(
     done, sent = world.materialize(0, 0)
 
     assert done.success
+    again = [event.materialization.metadata.get("sent again") for event in done.get_asset_materialization_events()]
+    assert [count.value for count in again if count is not None] == [7]  # with those of the run before
     names = [name for _, name in told(sent)]
     if mode == "state":
         assert sorted(names) == ["B", "C", "D", "E", "F", "newer", "newer"]
@@ -358,11 +387,10 @@ def test_what_was_pruned_is_said_to_be_missing(database: str, connection: psycop
     done, _ = world.materialize(0, 5)
     all_there, _ = world.materialize(4, 5)
 
-    said = [
-        event.materialization.metadata.get("not sent again")
-        for run in (done, all_there)
-        for event in run.get_asset_materialization_events()
-        if event.partition == "2026-03-05"
-    ]
-    assert "Of what was made before 2026-03-05 00:00 UTC some is no longer in the log" in said[0].value
-    assert said[1] is None
+    def said(run: dg.ExecuteInProcessResult) -> dict[str | None, Any]:
+        told = ((event.partition, event.materialization.metadata) for event in run.get_asset_materialization_events())
+        return {day: metadata["not sent again"].value for day, metadata in told if "not sent again" in metadata}
+
+    assert set(said(done)) == {f"2026-03-0{day}" for day in range(1, 5)}
+    assert "Of what was made before 2026-03-05 00:00 UTC some is no longer in the log" in said(done)["2026-03-01"]
+    assert said(all_there) == {}

@@ -11,12 +11,14 @@ values (%(target)s, %(stream)s, %(since)s, %(until)s)
 on conflict (target, stream, since, until) do update
 set position = case when b.state = 'running' then b.position end,
     appended = case when b.state = 'running' then b.appended else 0 end,
+    by_day = case when b.state = 'running' then b.by_day else '{}' end,
     started_at = case when b.state = 'running' then b.started_at else clock_timestamp() end,
     state = 'running', updated_at = clock_timestamp()
-returning position, appended
+returning position, appended, by_day
 
 -- name: keys
-select l.key collate "C" as key, max(l.change_id) as latest
+-- Each with its last change then, and the day of it.
+select l.key collate "C" as key, max(l.change_id) as latest, (max(l.changed_at) at time zone 'UTC')::date
 from distributary.change_log l
 where l.stream = %(stream)s and l.changed_at >= %(since)s and l.changed_at < %(until)s
   and (l.target is null or l.target = %(target)s)
@@ -28,7 +30,7 @@ order by l.key collate "C"
 select l.key, l.payload from distributary.change_log l where l.change_id = any(%(change_ids)s)
 
 -- name: events
-select l.change_id
+select l.change_id, (l.changed_at at time zone 'UTC')::date
 from distributary.change_log l
 where l.stream = %(stream)s and l.changed_at >= %(since)s and l.changed_at < %(until)s
   and (l.target is null or l.target = %(target)s) and l.replays is null
@@ -37,7 +39,8 @@ order by l.change_id
 
 -- name: advance
 update distributary.backfill
-set position = %(position)s, appended = appended + %(appended)s, run_id = %(run_id)s, updated_at = clock_timestamp()
+set position = %(position)s, appended = %(appended)s, by_day = %(by_day)s, run_id = %(run_id)s,
+    updated_at = clock_timestamp()
 where target = %(target)s and stream = %(stream)s and since = %(since)s and until = %(until)s and state = 'running'
 
 -- name: finish
