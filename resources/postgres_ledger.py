@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import compress, count, groupby, islice
 from typing import Any, cast
 
 import psycopg
@@ -396,7 +396,7 @@ def _multirange(ids: Sequence[int]) -> str:
         return "{}"
     ordered = sorted(ids)
     steps = map(operator.sub, islice(ordered, 1, None), ordered)
-    begins = [0, *(place for place, step in enumerate(steps, 1) if step != 1)]
+    begins = [0, *compress(count(1), map((1).__ne__, steps))]
     ends = [*(place - 1 for place in begins[1:]), -1]
     return "{" + ",".join(f"[{ordered[begin]},{ordered[end]}]" for begin, end in zip(begins, ends, strict=True)) + "}"
 
