@@ -144,6 +144,10 @@ class PostgresWorkspace(Workspace):
             moving=moving,
         )
 
+    def missing(self, *, limit: int, among: Sequence[str] | None = None) -> Sequence[SourceRow]:
+        found = self._execute("some_missing", limit=limit, among=None if among is None else list(among))
+        return list(self._reader.by_keys([key for (key,) in found]).values())
+
     def loaded(self) -> bool:
         row = self._connection.execute(self._sql["loaded"], self._of).fetchone()
         return row is not None and bool(row[0])

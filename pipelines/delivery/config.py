@@ -418,6 +418,8 @@ class RouteConfig(Section):
                 found |= compile_record(source.value, operation.format).columns
         if self.read is not None and self.read.record is not None:
             found |= compile_json(self.read.record).columns
+        if self.read is not None and self.read.one is not None:
+            found |= compile_path(self.read.one).columns
         if self.read is not None and self.shape() is ROW:
             found |= set(self.read.fields)
         return frozenset(found)

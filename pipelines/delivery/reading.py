@@ -146,6 +146,8 @@ class ReadConfig(Section):
     """What the target should show, as a template, where that is not what is sent."""
     fields: dict[str, Rules] = {}
     """How loosely a field is compared, by its path: `properties.email: case`."""
+    one: str | None = None
+    """The path of one record: what the list lacks is asked for there before it is called missing."""
     total: RootPath | None = None
     """Where an answer says how many records there are in all."""
     total_header: str | None = None
@@ -162,6 +164,8 @@ class ReadConfig(Section):
             raise refusal(error.problem, at=("path",)) from None
         if path.columns or path.own_fields:
             raise refusal("the list is one for all records, so its path names no column", at=("path",))
+        if self.one is not None:
+            self._check_one(self.one)
         if self.total is not None and self.total_header is not None:
             raise refusal("the total is in the body or in a header; remove one", at=("total_header",))
         if self.total_header is not None and not _HEADER.fullmatch(self.total_header):
@@ -171,6 +175,17 @@ class ReadConfig(Section):
         if self.page is not None:
             self._check_query(self.page)
         return self
+
+    def _check_one(self, one: str) -> None:
+        try:
+            path = compile_path(one)
+        except TemplateError as error:
+            raise refusal(error.problem, at=("one",)) from None
+        if not path.columns and "_key" not in path.own_fields:
+            raise refusal("it is the path of one record, so it names a column or $_key", at=("one",))
+        unknown = path.own_fields - {"_key", "_stream"}
+        if unknown:
+            raise refusal(f"'${min(unknown)}' tells of a change, and a record is asked for; remove it", at=("one",))
 
     def _check_query(self, page: Any) -> None:
         written = {part.partition("=")[0] for part in self.path.partition("?")[2].split("&")}

@@ -76,12 +76,23 @@ class Guard:
 
 
 def guard(
-    limits: Limits, *, source: int, listed: int, owed: int, missing: int, stale: int, extra: int, confirmed: bool
+    limits: Limits,
+    *,
+    source: int,
+    listed: int,
+    owed: int,
+    missing: int,
+    stale: int,
+    extra: int,
+    confirmed: bool,
+    refuted: bool = False,
 ) -> Guard:
     """Decide. *source* and *listed* are how many records there are; *owed*, how many of the source's should be listed;
-    *confirmed*, if the target's own total agrees.
+    *confirmed*, if the target's own total agrees, or records that are not listed are not there; *refuted*, if some are.
     """
-    believed = confirmed or limits.trust_listing or _is_long_enough(owed - missing, owed, limits.min_listed_fraction)
+    believed = not refuted and (
+        confirmed or limits.trust_listing or _is_long_enough(owed - missing, owed, limits.min_listed_fraction)
+    )
     found: dict[Repaired, int] = {"missing": missing, "stale": stale, "extra": extra}
     would = {kind: found[kind] for kind in limits.kinds if found[kind]}
     count = sum(would.values())

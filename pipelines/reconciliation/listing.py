@@ -41,6 +41,10 @@ class PositionLost(ListingFailed):
     """The target does not know any more where an interrupted listing was."""
 
 
+class NotThere(PositionLost):
+    """404 or 410: what was asked for is not at the target."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """What one answer says."""
@@ -271,6 +275,16 @@ class Reader:
             said = f" and asks to be left alone for {error.retry_after:.0f} s" if error.retry_after else ""
             raise ListingFailed(f"the target is unwell: {error}{said}") from None
 
+    def has(self, path: str) -> bool:
+        """Say whether the record at *path* is there; raises ListingFailed if that cannot be told."""
+        try:
+            self.get(path)
+        except NotThere:
+            return False
+        except ListingFailed as problem:
+            raise ListingFailed(f"a record was asked for by read.one: {problem}") from None
+        return True
+
     def sleep(self, seconds: float) -> None:
         """Let *seconds* pass."""
         wake_at = self.clock.monotonic() + seconds
@@ -298,7 +312,9 @@ class Reader:
             raise ListingFailed(f"{reason}, a redirect, which is never followed; mend read.path")
         if status in (401, 403, 407):
             raise ListingFailed(f"{reason}: the credentials do not allow to read; give them that right")
-        raise (PositionLost if status in (400, 404, 410, 416, 422) else ListingFailed)(f"{reason}; mend read.path")
+        if status in (404, 410):
+            raise NotThere(f"{reason}; mend read.path")
+        raise (PositionLost if status in (400, 416, 422) else ListingFailed)(f"{reason}; mend read.path")
 
 
 @dataclass(slots=True)

@@ -30,6 +30,8 @@ _ROWS_AT_ONCE = 5000
 _REPAIRS_AT_ONCE = 500
 _SAMPLES = 20
 _PAGES_A_LINE = 50
+_ASKED_FOR = 50
+_EXAMPLES = 5
 _LISTINGS = 3
 """A list that is counted off (pages, offsets) may pass a record over while others come and go; so often it is read."""
 
@@ -47,6 +49,8 @@ class Subject:
     settings: ReconcileConfig
     shape: Shape
     render: Callable[[ChangeRecord], bytes | None]
+    path_of: Callable[[ChangeRecord], bytes] | None
+    """Of one record, if the target can be asked for one."""
     fingerprint: str
     """Names how the target is read; a listing goes on only under the same."""
 
@@ -72,6 +76,10 @@ class Outcome:
     summary: Summary
     guard: Guard
     appended: Appended
+    asked: int = 0
+    """Records that the list lacks and that were asked for one by one."""
+    there: int = 0
+    """Those of them that are there all the same."""
     values: Sequence[tuple[str, str, str, str]] = ()
     """Key, field, what it should be, what it is; only with `show_values`."""
     pages: int = 0
@@ -100,6 +108,8 @@ class _Walk:
     matched: int = 0
     filtered: int = 0
     seen: int = 0
+    examples: list[SourceRow] = field(default_factory=list)
+    """Some whose record is listed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,6 +128,10 @@ class Reconciliation:
     _unkeyed: int = 0
     _total: int | None = None
     _resumed: bool = False
+    _asked: int = 0
+    _there: int = 0
+    _vouched: bool = False
+    """What is not listed is not there: that was asked."""
     _listing_seconds: float = 0.0
     _comparing_seconds: float = 0.0
 
@@ -136,6 +150,8 @@ class Reconciliation:
                 self._read_pages(first_path(self.subject.read))
             walk, summary = self._compare()
         confirmed = self._confirm(summary)
+        if summary.counts.get("missing", 0) and self.subject.path_of is not None:
+            summary = self._ask_for_missing(walk.examples, summary)
         found = summary.counts
         owed = walk.matched + found.get("stale", 0) + found.get("missing", 0)
         decided = guard(
@@ -146,7 +162,8 @@ class Reconciliation:
             missing=found.get("missing", 0),
             stale=found.get("stale", 0),
             extra=found.get("extra", 0),
-            confirmed=confirmed,
+            confirmed=confirmed or self._vouched,
+            refuted=self._there > 0,
         )
         values = self._values(summary.samples.get("stale", ())) if self.subject.settings.show_values else ()
         appended = self._repair(decided)
@@ -164,6 +181,8 @@ class Reconciliation:
             summary=summary,
             guard=decided,
             appended=appended,
+            asked=self._asked,
+            there=self._there,
             values=values,
             pages=self._pages,
             requests=self.reader.requests,
@@ -238,6 +257,32 @@ class Reconciliation:
         counted = isinstance(self.subject.read.page, OffsetPaging | NumberedPaging)
         return counted and summary.moving > 0 and summary.counts.get("missing", 0) > 0
 
+    def _ask_for_missing(self, examples: Sequence[SourceRow], summary: Summary) -> Summary:
+        """Ask for some of what the list lacks, one by one; raises ListingFailed if the target cannot be asked so.
+
+        Only if it is seen to have one that is listed does it count when it has not got the others.
+        """
+        has_listed = any(self._has(row) for row in examples)
+        if examples and not has_listed:
+            raise ListingFailed("read.one leads to none of the records that are listed; mend read.one")
+        asked = self.workspace.missing(limit=_ASKED_FOR)
+        there = [row.match for row in asked if self._has(row)]
+        if there:
+            # It may have come since: then its change is in the log, and it counts as on its way.
+            summary = self.workspace.summarize(samples=_SAMPLES)
+            self._there = len(self.workspace.missing(limit=_ASKED_FOR, among=there))
+        self._asked = len(asked)
+        self._vouched = has_listed and bool(asked) and not self._there
+        return summary
+
+    def _has(self, row: SourceRow) -> bool:
+        assert self.subject.path_of is not None
+        try:
+            path = self.subject.path_of(self._change(row)).decode()
+        except RecordUnrenderable:
+            return False
+        return self.reader.has(path)
+
     # Comparing -------------------------------------------------------------------------------------------------------
 
     def _compare(self) -> tuple[_Walk, Summary]:
@@ -255,6 +300,7 @@ class Reconciliation:
         held = self.workspace.listed([row.match for row in rows])
         walk.source += len(rows)
         walk.seen += len(held)
+        walk.examples += [row for row in rows if row.match in held][: _EXAMPLES - len(walk.examples)]
         findings: list[Finding] = []
         pairs: list[Pair] = []
         by_match = {row.match: row for row in rows}
@@ -281,8 +327,10 @@ class Reconciliation:
         return findings
 
     def _render(self, row: SourceRow) -> bytes | None:
-        change = ChangeRecord(0, self.subject.stream, row.key, "snapshot", row.payload, self.now)
-        return self.subject.render(change)
+        return self.subject.render(self._change(row))
+
+    def _change(self, row: SourceRow) -> ChangeRecord:
+        return ChangeRecord(0, self.subject.stream, row.key, "snapshot", row.payload, self.now)
 
     def _part(self, rendered: bytes) -> Any:
         return part_of(decode(rendered), self.subject.read.compare)

@@ -110,6 +110,7 @@ _DELETE = (
     "if they are not the target's own, launch this asset with `repair: all` and `delete_extra: true` (`dry_run: true` "
     "first), or write both into the route's `reconcile`"
 )
+_CUT = "mend the route's `read`: its list leaves out records that the target has; nothing is repaired until it does not"
 _SHORT = (
     "look at the target; if it has lost them, launch this asset with `trust_listing: true`, a `repair` and a "
     "`max_repair_fraction` that allows so many; if not, mend the route's `read`, or give it a `total`"
@@ -125,6 +126,12 @@ def _nothing_missing(outcome: Outcome) -> Verdict:
             f"the list looks cut short: it lacks {outcome.unlisted:,} of {outcome.owed:,} records. Either the target "
             "has lost them, or it did not list them, and nothing is missing"
         )
+        if outcome.there:
+            sentence = (
+                f"the list is cut short: it lacks {outcome.unlisted:,} of {outcome.owed:,} records, and of "
+                f"{outcome.asked:,} of those that were asked for one by one {outcome.there:,} are there"
+            )
+            return _bad(outcome, "missing", sentence, _CUT)
         return _bad(outcome, "missing", sentence, _SHORT)
     if missing:
         sentence = f"{missing:,} of {outcome.source:,} records are not at the target, and not on their way"

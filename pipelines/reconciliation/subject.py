@@ -11,7 +11,7 @@ from pipelines.delivery.rate_limit import TokenBucket
 from pipelines.delivery.reading import ReconcileConfig
 from pipelines.delivery.routing import Route
 from pipelines.delivery.target import TargetClient
-from pipelines.delivery.template import compile_json
+from pipelines.delivery.template import compile_json, compile_path
 from pipelines.reconciliation.listing import Reader
 from pipelines.reconciliation.reconcile import Subject
 
@@ -36,6 +36,7 @@ def subject_of(config: TargetConfig, stream: str, routes: Mapping[str, Route]) -
         settings=route.reconcile or ReconcileConfig(),
         shape=route.shape(),
         render=render,
+        path_of=None if read.one is None else compile_path(read.one).render,
         fingerprint=hashlib.sha256(how.encode()).hexdigest()[:16],
     )
 

@@ -138,6 +138,10 @@ class Workspace(ABC):
         """
 
     @abstractmethod
+    def missing(self, *, limit: int, among: Sequence[str] | None = None) -> Sequence[SourceRow]:
+        """Return the rows, as they are now, of some missing records, by lot; *among* names those to choose from."""
+
+    @abstractmethod
     def loaded(self) -> bool:
         """Say whether an initial load has brought the target every row."""
 

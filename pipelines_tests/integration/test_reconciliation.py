@@ -199,6 +199,41 @@ def test_what_the_source_has_not_got_is_left_unless_it_is_said_to_be_deleted(wor
     assert world.reconcile(target, "planes")["planes"].drift == (0, 0, 1)
 
 
+ONE = {
+    "flight_board": "/board/planes/${tailnum}.json",
+    "registry": "/v1/buckets/fleet/collections/planes/records/${tailnum}",
+}
+WHOLE = {"flight_board": "/board/planes.json", "registry": "/v1/buckets/fleet/collections/planes/records"}
+SOME = {"flight_board": "seats__lte=300", "registry": "max_seats=300"}
+"""By which each lists some of its planes and leaves out others."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_list_lacks_is_asked_for_and_so_a_loss_is_told_from_a_list_that_leaves_out(
+    world: World, target: str
+) -> None:
+    def read(**more: str) -> None:
+        world.edit(target, lambda document: document["routes"]["planes"]["read"].update(one=ONE[target], **more))
+
+    rows = world.source("select tailnum from planes where seats <= 300 order by tailnum limit 150")
+    ((left_out,),) = world.source("select count(*) from planes where seats > 300")
+    assert 0 < left_out < 80, "else the list would look cut short anyway"
+    repair = {"repair": "missing", "max_repair_fraction": 1.0}
+
+    read(path=f"{WHOLE[target]}?{SOME[target]}")
+    cut = world.reconcile(target, "planes", **repair)["planes"]
+    read(path=WHOLE[target])
+    world.delete_planes(target, *(key for (key,) in rows))
+    lost = world.reconcile(target, "planes", **repair)["planes"]
+    world.deliver()
+
+    assert (cut.drift, cut.numbers["not listed"], cut.numbers["repaired"]) == ((0, 0, 0), left_out, 0)
+    assert cut.checks == {name: name != "nothing_missing" for name in CHECKS}
+    assert "its list leaves out records" in cut.said["nothing_missing"]
+    assert (lost.drift, lost.numbers["repaired"]) == ((150, 0, 0), 150)
+    assert world.reconcile(target, "planes")["planes"].drift == (0, 0, 0)
+
+
 def test_changes_on_their_way_are_no_drift(world: World) -> None:
     world.source("update planes set seats = seats + 1 where tailnum in (select tailnum from planes limit 7)")
     world.source("delete from planes where tailnum in (select tailnum from planes order by tailnum desc limit 5)")

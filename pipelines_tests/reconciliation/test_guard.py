@@ -83,6 +83,13 @@ def test_a_list_that_lacks_too_many_is_not_believed_unless_somebody_vouches_for_
     assert decide({}, listed=listed, missing=1000 - listed, **more).believed is believed
 
 
+def test_a_list_that_lacks_what_is_there_is_not_believed_whoever_vouches_for_it() -> None:
+    vouched = {"trust_listing": True, "repair": "all", "max_repair_fraction": 1.0}
+    decided = decide({}, listed=990, missing=10, confirmed=True, refuted=True, run=vouched)
+
+    assert (decided.believed, decided.kinds) == (False, ())
+
+
 def test_records_of_others_do_not_make_a_list_longer() -> None:
     assert not decide({}, listed=5000, missing=900, extra=4900).believed
 

@@ -270,6 +270,16 @@ def reader(script: Iterable[Step], clock: FakeClock, **more: Any) -> tuple[Reade
     return Reader(client=target.connect(), clock=clock, retry=policy, rules=JudgingRules(), **more), target
 
 
+def test_a_record_is_there_or_not_or_that_cannot_be_told() -> None:
+    asking, target = reader([200, 404, 410, 503, 200, 400, 403], FakeClock())
+
+    assert [asking.has(f"/x/{number}") for number in range(4)] == [True, False, False, True]
+    for said in ("read.one: answered 400", "read.one: answered 403"):
+        with pytest.raises(ListingFailed, match=said):
+            asking.has("/x/5")
+    assert len(target.sent) == 7
+
+
 def test_a_target_that_is_unwell_is_asked_again() -> None:
     clock = FakeClock()
     asking, target = reader([no_answer(), 503, 429, answer(200, b"[]")], clock)

@@ -413,6 +413,70 @@ def test_a_list_that_ends_early_is_neither_believed_nor_repaired_until_a_person_
     assert drift(world.reconcile()) == (0, 0, 0)
 
 
+def test_a_list_that_lacks_what_the_target_has_is_cut_short_by_however_little(world: World) -> None:
+    world.route = {"read": {"one": "/people/${id}"}}
+    world.fill(40)
+    for key in ("p05", "p39"):
+        del world.api.records[key]
+    world.api.hidden = {"p39"}
+
+    found = world.reconcile(trust_listing=True, **ALL)
+
+    assert (drift(found), found.unlisted, found.asked, found.there) == ((0, 0, 0), 2, 2, 1)
+    assert world.addressed() == []
+
+    world.api.hidden.clear()
+    assert drift(world.reconcile(**ALL)) == (2, 0, 0)
+    world.deliver()
+    assert drift(world.reconcile()) == (0, 0, 0)
+
+
+def test_a_list_is_believed_however_short_if_what_it_lacks_is_not_there(world: World) -> None:
+    world.route = {"read": {"one": "/people/${_key}"}}
+    world.fill(100)
+    for number in range(90):
+        del world.api.records[f"p{number:02}"]
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.asked, found.there, found.appended.snapshots) == ((90, 0, 0), 50, 0, 90)
+
+
+def test_that_nothing_is_found_counts_only_if_something_is(world: World) -> None:
+    """A path that leads nowhere finds nothing either; and of an empty list nothing can be tried."""
+    world.route = {"read": {"one": "/persons/${id}"}}
+    world.fill(10)
+    world.api.before = lambda number, path: failing(404) if "/persons/" in path else None
+    assert drift(world.reconcile()) == (0, 0, 0)
+
+    del world.api.records["p01"]
+    with pytest.raises(ListingFailed, match=r"mend read\.one"):
+        world.reconcile(**ALL)
+
+    world.api.records.clear()
+    world.settings = {"resume_within_seconds": 0}
+    found = world.reconcile(**ALL)
+    assert (drift(found), found.unlisted) == ((0, 0, 0), 10)
+    assert world.addressed() == []
+
+
+def test_what_came_while_it_was_asked_for_is_on_its_way(world: World) -> None:
+    world.route = {"read": {"one": "/people/${id}"}}
+    world.fill(10)
+    del world.api.records["p01"]
+
+    def deliver(number: int, path: str) -> None:
+        if path == "/people/p01":
+            world.execute("update people set name = 'm' where id = 'p01'")
+            world.deliver()
+
+    world.api.before = deliver
+
+    found = world.reconcile(**ALL)
+
+    assert (drift(found), found.unlisted, found.count("in_flight")) == ((0, 0, 0), 0, 1)
+
+
 def test_a_long_list_of_others_is_not_taken_for_a_whole_one(world: World) -> None:
     world.fill(10)
     world.api.records = {f"x{number}": {"id": f"x{number}", "name": "theirs"} for number in range(20)}

@@ -77,6 +77,18 @@ def test_a_list_that_is_not_believed_has_nothing_missing_but_fails() -> None:
     assert "trust_listing: true" in verdict.what_to_do
 
 
+def test_a_list_that_is_seen_to_be_cut_is_said_to_be() -> None:
+    outcome = replace(found({"missing": 30}), guard=Guard(believed=False), asked=25, there=20)
+
+    verdict = said(outcome)["nothing_missing"]
+
+    assert not verdict.passed
+    assert "lacks 30 of 1,000 records, and of 25 of those that were asked for one by one 20 are there" in (
+        verdict.sentence
+    )
+    assert "mend the route's `read`" in verdict.what_to_do
+
+
 def test_what_was_refused_says_so_where_it_belongs() -> None:
     outcome = replace(
         found({"missing": 3, "extra": 3}), guard=Guard(believed=True, would={"missing": 3}, refused="too many")

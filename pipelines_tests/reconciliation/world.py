@@ -33,6 +33,8 @@ class ListApi:
         self.records: dict[str, Any] = {}
         self.before: Callable[[int, str], Step | None] = lambda number, path: None
         """Called with each request's number and path; what it returns is the answer in place of the list."""
+        self.hidden: set[str] = set()
+        """Keys of records that it has and does not list."""
         self.total: int | None = None
         """What it says there are; default: as many as there are."""
         self.target = ScriptedTarget(self._answer)
@@ -45,6 +47,11 @@ class ListApi:
         instead = self.before(sent.number, sent.path)
         if instead is not None:
             return instead
+        one = urlsplit(sent.path).path.removeprefix("/people/")
+        if one in self.records or one in self.hidden:
+            return answer(200, b"{}")
+        if "/people/" in sent.path:
+            return answer(404)
         query = {name: values[0] for name, values in parse_qs(urlsplit(sent.path).query).items()}
         size = int(query.get("limit", "3"))
         keys = sorted(self.records)

@@ -171,6 +171,14 @@ cross join lateral (
     limit %(limit)s
 ) s
 
+-- name: some_missing
+select f.key
+from distributary.found f
+where f.listing_id = %(listing_id)s and f.kind = 'missing'
+  and (%(among)s::text[] is null or f.match = any(%(among)s::text[]))
+order by random()
+limit %(limit)s
+
 -- name: loaded
 select exists (
     select from distributary.load where target = %(target)s and stream = %(stream)s and state = 'done'
