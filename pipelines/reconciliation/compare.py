@@ -206,10 +206,21 @@ def _same(one: Any, other: Any, rules: Rules) -> bool:
             one, other = _loosely(one, rule), _loosely(other, rule)
     if one == other:
         return True
+    if isinstance(one, _Whole) and isinstance(other, _Whole):
+        return _same_within(one.value, other.value, rules)
     if "float" in rules:
         left, right = _loosely(one, "number"), _loosely(other, "number")
         if isinstance(left, int | Decimal) and isinstance(right, int | Decimal):
             return _is_close(left, right)
+    return False
+
+
+def _same_within(one: Any, other: Any, rules: Rules) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(a, b, rules) for a, b in zip(one, other, strict=True))
+    if isinstance(one, frozenset) and isinstance(other, frozenset):
+        left, right = dict(one), dict(other)
+        return all(_same(left.get(name, _NULL), right.get(name, _NULL), rules) for name in left.keys() | right.keys())
     return False
 
 

@@ -4,6 +4,7 @@
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -95,7 +96,7 @@ def read_page(read: ReadConfig, answer: Answer, *, path: str, base_url: str) -> 
             f"({read.max_response_bytes:,}); lower page.size or raise that"
         )
     try:
-        document = decode(answer.body)
+        document = _document(answer.body.removeprefix(BOM_UTF8))
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise ListingFailed(f"a page is not JSON: {excerpt(answer.body)[:200] or 'it is empty'}") from None
     try:
@@ -123,6 +124,23 @@ def read_page(read: ReadConfig, answer: Answer, *, path: str, base_url: str) -> 
         next=_next_path(read, document, answer, path=path, base_url=base_url, items=len(items)),
         total=_total(read, document, answer),
     )
+
+
+# A backslash that is one, and both halves of a character, are passed over; what is left of the last is half of one.
+_HALVES = re.compile(
+    rb"(?P<whole>\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+
+
+def _document(body: bytes) -> Any:
+    """Return what *body* says; of a text that was cut within a character (UTF-16), the half is U+FFFD."""
+    try:
+        return decode(body)
+    except msgspec.DecodeError:
+        mended = _HALVES.sub(lambda found: found["whole"] or rb"\ufffd", body)
+        if mended == body:
+            raise
+        return decode(mended)
 
 
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder(decimal_format="number").encode

@@ -150,6 +150,29 @@ def test_a_value_that_is_a_mapping_is_compared_whole_but_what_a_transform_return
     assert differing(should, does, shape=TRANSFORMED) == ()
 
 
+@pytest.mark.parametrize(
+    ("rule", "one", "other", "alike"),
+    [
+        ("float", {"a": [0.1, {"b": "0.2"}]}, {"a": ["0.10000000000000001", {"b": 0.2}]}, True),
+        ("float", {"a": [0.1]}, {"a": [0.2]}, False),
+        ("case", ["A", "b"], ["a", "B"], True),
+        ("case", ["A", "b"], ["b", "a"], False),
+        ("case", ["A"], ["a", "a"], False),
+        ("case", {"a": "X"}, {"b": "x"}, False),
+        ("empty", {"a": "", "b": 1}, {"b": 1}, True),
+        ("empty", {"a": 0, "b": 1}, {"b": 1}, False),
+        ("time", ["2026-01-01"], ["2026-01-01T00:00:00Z"], True),
+        ("case", ["A"], {"a": "a"}, False),
+        ("trim", [" a"], "a", False),
+    ],
+)
+def test_a_rule_for_a_value_that_is_a_mapping_or_a_list_holds_for_all_within(
+    rule: Any, one: Any, other: Any, alike: bool
+) -> None:
+    assert differing({"f": one}, {"f": other}, rules={"f": (rule,)}) == (() if alike else ("f",))
+    assert differing({"f": other}, {"f": one}, rules={"f": (rule,)}) == (() if alike else ("f",))
+
+
 def test_what_tells_of_the_change_is_not_compared() -> None:
     template = {"id": "$id", "event": "$_change_id", "note": "at ${_changed_at}", "deep": {"op": ["$_operation"]}}
     shape = shape_of(template, JsonPath.parse("$"), place=())

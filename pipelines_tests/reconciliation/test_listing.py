@@ -179,6 +179,20 @@ def test_a_key_is_matched_as_text(values: list[Any], match: str) -> None:
     assert match_key(values) == match
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_a_page() -> None:
+    assert list(page(b"\xef\xbb\xbf" + b'[{"id": 1}]').records) == ["1"]
+
+
+def test_half_a_character_costs_that_character_and_not_the_list() -> None:
+    """A target that cuts texts to a length, counted in UTF-16, may keep half of the last one."""
+    cut = [rb"\ud83d", rb"\uDE00", rb"a\ud83d\n", rb"\ud83d\ud83d\ude00", rb"\\ud83d", rb"\\\ud83d"]
+    body = b'[{"id": 1, "v": ["' + b'", "'.join(cut) + b'"]}]'
+
+    found = json.loads(page(body).records["1"])["v"]
+
+    assert found == ["\ufffd", "\ufffd", "a\ufffd\n", "\ufffd\U0001f600", "\\ud83d", "\\\ufffd"]
+
+
 def test_records_without_a_key_of_ours_are_counted_and_left_alone() -> None:
     found = page([{"id": 1}, {"id": None}, {}, {"id": {"a": 1}}, "x", {"id": "a\x00b"}])
 
