@@ -141,8 +141,8 @@ class Reconciliation:
             self._list()
         walk, summary = self._compare()
         listings = 1
-        while self._may_have_passed_over(summary) and listings < _LISTINGS:
-            self.say("records came and went while the list was counted off; what is not found is looked for again")
+        while self._may_have_passed_over(summary, listings):
+            self.say("records may have shifted while the list was counted off; what is not found is looked for again")
             listings += 1
             with self._timed("_listing_seconds"):
                 self.workspace.list_again(first=first_path(self.subject.read))
@@ -253,9 +253,11 @@ class Reconciliation:
             )
         return listed >= self._total
 
-    def _may_have_passed_over(self, summary: Summary) -> bool:
+    def _may_have_passed_over(self, summary: Summary, listings: int) -> bool:
         counted = isinstance(self.subject.read.page, OffsetPaging | NumberedPaging)
-        return counted and summary.moving > 0 and summary.counts.get("missing", 0) > 0
+        # What others do at the target is in no log, so a second look is due even if nothing moves here.
+        due = listings < (_LISTINGS if summary.moving > 0 else 2)
+        return counted and due and summary.counts.get("missing", 0) > 0
 
     def _ask_for_missing(self, examples: Sequence[SourceRow], summary: Summary) -> Summary:
         """Ask for some of what the list lacks, one by one; raises ListingFailed if the target cannot be asked so.

@@ -289,6 +289,26 @@ def test_a_record_that_slips_past_a_counted_list_is_looked_for_again(world: Worl
     assert world.api.paths.count("/people?limit=3&skip=0") == 2
 
 
+def test_a_record_that_slips_past_because_of_what_others_do_at_the_target_is_looked_for_again(world: World) -> None:
+    """Of their records there is nothing in the log."""
+    world.route = {"read": {"page": OFFSET}}
+    world.fill(10)
+    world.api.records["a"] = {"id": "a", "name": "theirs"}
+    del world.api.records["p08"]
+
+    def meddle(number: int, path: str) -> None:
+        if number == 1:
+            del world.api.records["a"]
+
+    world.api.before = meddle
+
+    found = world.reconcile(repair="missing")
+
+    assert (drift(found), found.matched, found.appended.snapshots) == ((1, 0, 1), 9, 1)
+    assert [key for _, key, _ in world.addressed()] == ["p08"]
+    assert world.api.paths.count("/people?limit=3&skip=0") == 2
+
+
 def test_what_is_missing_from_a_counted_list_is_found_though_others_come_and_go(world: World) -> None:
     world.route = {"read": {"page": OFFSET}}
     world.fill(10)
