@@ -69,7 +69,6 @@ def cut(
 
     What is in flight keeps its lane. The rest goes, in order, to the lane with the least before it.
     """
-    apart: Mapping[int, Sequence[int]] = {}
     if in_flight and not in_flight.keys().isdisjoint(map(KEY, changes)):
         apart, free = _by_lane_in_flight(changes, in_flight, lanes=len(burden))
         parts = [(lane, [changes[i] for i in places], [fragments[i] for i in places]) for lane, places in apart.items()]

@@ -174,6 +174,9 @@ class _Planning:
                 fragments = operation.render_records(changes)
                 if None not in fragments:
                     return changes, cast("Sequence[bytes]", fragments)
+                self.filtered += [change for change, one in zip(changes, fragments, strict=True) if one is None]
+                going = [change for change, one in zip(changes, fragments, strict=True) if one is not None]
+                return going, [one for one in fragments if one is not None]
         rendered = [
             (change, fragment)
             for change in changes

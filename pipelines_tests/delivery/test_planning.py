@@ -157,6 +157,22 @@ def test_a_record_that_cannot_be_rendered_is_dead_and_harms_no_other() -> None:
     assert "'name'" in plan.window.dead[0].reason
 
 
+def test_a_record_that_is_filtered_makes_no_other_be_rendered_twice() -> None:
+    rendered: list[int] = []
+
+    def odd_ones(one: ChangeRecord) -> bytes | None:
+        rendered.append(one.change_id)
+        return b"{}" if one.change_id % 2 else None
+
+    route = UPSERTS["customers"]
+    upsert = replace(route.operations["upsert"], render_record=odd_ones)
+    plan = planned([change(i) for i in range(1, 6)], {"customers": replace(route, operations={"upsert": upsert})})
+
+    assert sent(plan) == [("upsert", [1, 3, 5])]
+    assert ids(plan.window.filtered) == [2, 4]
+    assert rendered == [1, 2, 3, 4, 5]
+
+
 def test_an_empty_window_closes_gaps_all_the_same() -> None:
     plan = planned([], UPSERTS, decided_up_to=17)
 
