@@ -11,6 +11,7 @@ says when the last byte of its request was there.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -111,7 +112,8 @@ def measure_delays(server_url: str, *, warm: int, cold: int, name: str = "bench_
                 for _ in range(cold):
                     colds.append(deliver())
                     _wait_until(idle, "the run has ended")
-                    time.sleep(6)  # a tick finds nothing, and the run's process is gone
+                    # The run's process is gone then, and the commit comes at any moment of the daemon's round.
+                    time.sleep(6 + random.uniform(0, 5))
                 if cold:
                     found.append(Delays(kind="cold", seconds=colds))
                 if warm:

@@ -37,10 +37,13 @@ def ledger() -> FakeLedger:
 
 
 def tick(
-    instance: dg.DagsterInstance, ledger: FakeLedger, catalog: FakeTargetCatalog = CRM_AND_EMAIL
+    instance: dg.DagsterInstance,
+    ledger: FakeLedger,
+    catalog: FakeTargetCatalog = CRM_AND_EMAIL,
+    clock: FakeClock | None = None,
 ) -> dg.SensorResult | dg.SkipReason:
     with dg.build_sensor_context(instance=instance) as context:
-        answer = change_sensor(context, ledger=ledger, targets=catalog)
+        answer = change_sensor(context, ledger=ledger, targets=catalog, clock=clock or FakeClock())
     assert isinstance(answer, dg.SensorResult | dg.SkipReason)
     return answer
 
@@ -217,6 +220,18 @@ def test_a_new_target_is_registered_and_served(instance):
     assert set(ledger.states) == {"crm", "email"}
 
 
+class LedgerThatIsQuietAtFirst(FakeLedger):
+    """Has a change the third time it is asked."""
+
+    asked = 0
+
+    def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
+        self.asked += 1
+        if self.asked == 3:
+            self.append("people", "1")
+        return super().owed(streams)
+
+
 class UnreachableLedger(FakeLedger):
     def owed(self, streams: Mapping[str, Sequence[str]]) -> Sequence[Owed]:
         raise ConnectionError("Cannot reach the database")
@@ -228,7 +243,32 @@ def test_a_ledger_that_cannot_be_asked_fails_the_tick(instance):
         tick(instance, UnreachableLedger())
 
 
+def test_a_tick_that_finds_nothing_stays_until_the_next_is_due(instance, ledger):
+    """The daemon comes every 5 s at best: what is committed meanwhile does not wait for it."""
+    clock, nobody = FakeClock(), FakeLedger(targets={"crm": "beginning", "email": "beginning"})
+
+    answer = tick(instance, nobody, clock=clock)
+
+    assert isinstance(answer, dg.SkipReason)
+    assert sum(clock.naps) == 5.0
+    assert max(clock.naps) <= 0.5
+
+
+def test_a_change_that_comes_while_a_tick_stays_wakes_its_run_at_once(instance):
+    clock, ledger = FakeClock(), LedgerThatIsQuietAtFirst(targets={"crm": "beginning", "email": "beginning"})
+
+    assert targets_of(tick(instance, ledger, clock=clock)) == ["crm", "email"]
+    assert sum(clock.naps) == 1.0
+
+
+def test_a_tick_that_finds_work_does_not_stay(instance, ledger):
+    clock = FakeClock()
+
+    assert targets_of(tick(instance, ledger, clock=clock)) == ["crm", "email"]
+    assert clock.naps == ()
+
+
 def test_it_runs_from_the_start_and_often():
     assert change_sensor.default_status == dg.DefaultSensorStatus.RUNNING
-    assert change_sensor.minimum_interval_seconds == 5
+    assert change_sensor.minimum_interval_seconds == 1
     assert change_sensor.job_name == delivery_job.name
