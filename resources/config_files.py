@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -42,7 +43,7 @@ def config_folder(environ: Mapping[str, str] | None = None) -> Path:
 
 def load_source(folder: Path) -> SourceConfig:
     """Read `source.yaml`; raises ConfigError."""
-    return _File.read(folder / "source.yaml").validated(SourceConfig)
+    return _read(folder / "source.yaml", SourceConfig)[1]
 
 
 def load_targets(folder: Path) -> dict[str, TargetConfig]:
@@ -54,8 +55,8 @@ def load_targets(folder: Path) -> dict[str, TargetConfig]:
     problems: list[str] = []
     for path in _target_files(folder / "targets"):
         try:
-            file = _File.read(path)
-            config = file.validated(TargetConfig).loaded_from(file.name)
+            file, config = _read(path, TargetConfig)
+            config = config.loaded_from(file.name)
             load_transforms(config)
             twin = targets.get(config.name)
             if twin is not None:
@@ -218,6 +219,32 @@ _Loader.add_constructor("!ambiguous", lambda _, node: node.value)
 _ODD_INTEGER = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
+def _read(path: Path, model: type[ConfigModel]) -> tuple["_File", ConfigModel]:
+    """Return the file at *path* and what it says as a *model*; raises ConfigError with a line for each mistake."""
+    name = _shown(path)
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: there is no such file; see the README for what belongs into it") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{name}:{line}: is not UTF-8; save the file in that encoding") from None
+    file, config = _understood(name, text, model)
+    return file, config
+
+
+@lru_cache(maxsize=1024)
+def _understood(name: str, text: str, model: Any) -> Any:
+    """Parse and check a text once in a process and those forked from it.
+
+    A step reads all targets' files, so a run of n targets would do the work n times n; and so does the sensor's tick.
+    """
+    file = _File.parse(name, text)
+    return file, file.validated(model)
+
+
 class _File:
     """One YAML file: its content, and where each part of it stands."""
 
@@ -227,18 +254,8 @@ class _File:
         self._root = root
 
     @classmethod
-    def read(cls, path: Path) -> "_File":
-        """Read *path*; raises ConfigError if it is not one mapping of text to values."""
-        name = _shown(path)
-        try:
-            text = path.read_bytes().decode()
-        except FileNotFoundError:
-            raise ConfigError(f"{name}: there is no such file; see the README for what belongs into it") from None
-        except OSError as error:
-            raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            line = path.read_bytes()[: error.start].count(b"\n") + 1
-            raise ConfigError(f"{name}:{line}: is not UTF-8; save the file in that encoding") from None
+    def parse(cls, name: str, text: str) -> "_File":
+        """Understand *text*, of the file that people call *name*; raises ConfigError if it is not one mapping."""
         try:
             loader = _Loader(text)
             try:

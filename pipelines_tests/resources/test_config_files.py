@@ -5,11 +5,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from unittest.mock import Mock
 
 import pytest
+import yaml
 
 from pipelines.delivery.config import Secret, TargetConfig
 from pipelines.delivery.routing import compile_routes
+from resources import config_files
 from resources.config_files import (
     ConfigError,
     check_routes,
@@ -102,6 +105,21 @@ def test_targets_are_sorted_by_name_and_other_files_are_left_alone(write: Write)
     write("targets/.hidden.yaml", "nonsense")
     write("targets/README.md", "nonsense")
     assert list(load_targets(write("targets/3.yaml", CRM.replace("crm", "a")))) == ["a", "b", "c"]
+
+
+def test_a_file_is_understood_once_and_again_when_it_says_something_else(write: Write, monkeypatch: pytest.MonkeyPatch):
+    """Every step and every tick of the sensor reads all files: that must not be all targets times all files."""
+    loads = Mock(wraps=yaml.SafeLoader.__init__)
+    monkeypatch.setattr(config_files._Loader, "__init__", lambda self, text: loads(self, text))
+    conf = write("targets/crm.yaml", CRM)
+
+    first, second = load_targets(conf), load_targets(conf)
+    write("targets/crm.yaml", CRM.replace("/contacts", "/people"))
+    third = load_targets(conf)
+
+    assert loads.call_count == 2
+    assert first == second
+    assert third["crm"].routes["customers"].upsert != first["crm"].routes["customers"].upsert
 
 
 def test_no_folder_of_targets_is_no_targets(write: Write):
