@@ -1,17 +1,18 @@
 """The ledger in Postgres: `resources/sql/ledger.sql` behind the port of `pipelines.delivery.ledger`."""
 
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import compress, count, groupby, islice
+from itertools import accumulate, compress, count, groupby, islice, pairwise
 from typing import Any, cast
 
 import psycopg
 from psycopg.types.json import Jsonb
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import CHANGE_ID, PAYLOAD, ChangeRecord
 from pipelines.delivery.ledger import (
     LONG_TAIL,
     Claim,
@@ -37,6 +38,7 @@ from resources.sql import statements
 
 _LONGEST_TEXT = 2000
 _ROWS_AT_ONCE = 100
+_Range = tuple[int, int]
 
 
 class SchemaMissing(DatabaseProblem):
@@ -135,8 +137,9 @@ class PostgresLedger(Ledger):
         )
 
 
-# As `ChangeRecord._make`, without a call of Python's for each row.
-_new_record = cast("Callable[[tuple[Any, ...]], ChangeRecord]", partial(tuple.__new__, ChangeRecord))
+def _change_records(_: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], ChangeRecord]:
+    """Have psycopg make each row a record: as `ChangeRecord._make`, without a call of Python's for each."""
+    return cast("Callable[[Sequence[Any]], ChangeRecord]", partial(tuple.__new__, ChangeRecord))
 
 
 class PostgresTargetLedger(TargetLedger):
@@ -211,25 +214,28 @@ class PostgresTargetLedger(TargetLedger):
         fenced, decided = found
         records, complete = self.read_pending(max_records=max_records, max_bytes=max_bytes)
         if complete and not fenced:
-            self._set_fence(read=_multirange([record.change_id for record in records]))
+            self._set_fence(read=_multirange(_ranges(list(map(CHANGE_ID, records)))))
         return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
 
     def read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
         """Return the oldest pending changes, and whether they are all there are."""
         records: list[ChangeRecord] = []
-        weight = stored = 0
+        weight = 0
         parameters = {"target": self._target, "max_records": max_records, "max_bytes": max_bytes}
-        cursor = self._connection.cursor()
+        cursor = self._connection.cursor(row_factory=_change_records)
         # A hundred rows at a time, for the statement bounds them as they are stored: compressed, they may be tiny.
         rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=_ROWS_AT_ONCE)
-        with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:  # what is left of them is not read
-            for row in rows:
-                if weight >= max_bytes:
-                    break
-                records.append(_new_record(row[:7]))
-                weight += len(row[4])
-                stored = row[7]
-        return records, len(records) < max_records and weight < max_bytes and stored < max_bytes
+        with closing(cast("Generator[ChangeRecord, None, None]", rows)) as rows:  # what is left of them is not read
+            while weight < max_bytes and (some := list(islice(rows, _ROWS_AT_ONCE))):
+                sizes = list(accumulate(map(len, map(PAYLOAD, some)), initial=weight))
+                # Up to the one that reaches the bound, and that with it.
+                records += some[: bisect_left(sizes, max_bytes)]
+                weight = sizes[-1]
+        return records, len(records) < max_records and weight < max_bytes and self._is_all(records)
+
+    def _is_all(self, read: Sequence[ChangeRecord]) -> bool:
+        """Say whether nothing is pending behind what was *read*: the statement may have stopped at the bytes stored."""
+        return not read or self._execute("pending_behind", change_id=read[-1].change_id).fetchone() is None
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()
@@ -237,9 +243,11 @@ class PostgresTargetLedger(TargetLedger):
             self._execute("set_fence", last=row[0], read=read)
 
     def claim(self, window: Window) -> Sequence[int]:
-        claimed, firsts, lasts = _laid_end_to_end(window.claims)
-        settled = [change.change_id for change in (*window.superseded, *window.filtered)]
-        settled += [record.change.change_id for record in window.dead]
+        members, firsts, lasts = _laid_end_to_end(window.claims)
+        claimed = _ranges(members)
+        settled = _ranges(
+            [*map(CHANGE_ID, window.superseded), *map(CHANGE_ID, window.filtered), *map(_id_of_dead, window.dead)]
+        )
         self._refuse_repeats([*claimed, *settled])
         with self._connection.transaction():
             row = self._execute(
@@ -251,7 +259,7 @@ class PostgresTargetLedger(TargetLedger):
                 firsts=firsts,
                 lasts=lasts,
                 keys=[claim.idempotency_key for claim in window.claims],
-                members=_array(claimed),
+                members=_array(members),
                 claimed=_multirange(claimed),
                 settled=_multirange(settled),
                 superseded=len(window.superseded),
@@ -283,10 +291,13 @@ class PostgresTargetLedger(TargetLedger):
         return batch_ids
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
-        accepted = [change.change_id for s in settlements for change in s.accepted]
-        filtered = [change.change_id for s in settlements for change in s.filtered]
         dead = [record for s in settlements for record in s.dead]
-        settled = accepted + filtered + [record.change.change_id for record in dead]
+        # Batch by batch: of each it is nearly always all, and that one range.
+        settled = [
+            one
+            for s in settlements
+            for one in _ranges([*map(CHANGE_ID, s.accepted), *map(CHANGE_ID, s.filtered), *map(_id_of_dead, s.dead)])
+        ]
         self._refuse_repeats(settled)
         batches = _by_batch(settlements)
         with self._connection.transaction():
@@ -301,8 +312,8 @@ class PostgresTargetLedger(TargetLedger):
                 latencies=[None if s.seconds is None else s.seconds * 1000 for s in batches],
                 errors=[s.error and _storable(s.error) for s in batches],
                 settled=_multirange(settled),
-                accepted=len(accepted),
-                filtered=len(filtered),
+                accepted=sum(len(s.accepted) for s in settlements),
+                filtered=sum(len(s.filtered) for s in settlements),
                 dead=len(dead),
             )
             if written.rowcount != 1:
@@ -319,8 +330,9 @@ class PostgresTargetLedger(TargetLedger):
                 record_keys=[change.key for change in accepted],
             )
 
-    def _refuse_repeats(self, change_ids: Sequence[int]) -> None:
-        if len(set(change_ids)) != len(change_ids):
+    def _refuse_repeats(self, ranges: Sequence[_Range]) -> None:
+        ordered = sorted(ranges)
+        if any(before[1] >= after[0] for before, after in pairwise(ordered)):
             # As a set it would be settled once, but it would be counted twice and so hide one that is missing.
             raise LedgerConflict(f"{self._target}: some change is named twice.")
 
@@ -357,7 +369,7 @@ def _laid_end_to_end(claims: Sequence[Claim]) -> tuple[list[int], list[int], lis
     firsts: list[int] = []
     for claim in claims:
         firsts.append(len(members) + 1)
-        members += [change.change_id for change in claim.changes]
+        members += map(CHANGE_ID, claim.changes)
     lasts = [first - 1 for first in firsts[1:]] + [len(members)] if firsts else []
     return members, firsts, lasts
 
@@ -390,15 +402,27 @@ def _array(ids: Sequence[int]) -> str:
     return "{" + str(list(ids))[1:-1] + "}"
 
 
-def _multirange(ids: Sequence[int]) -> str:
-    """Return the set of *ids* as Postgres writes it: of ids in a row only the first and the last."""
+def _id_of_dead(record: DeadRecord) -> int:
+    return record.change.change_id
+
+
+def _ranges(ids: Sequence[int]) -> list[_Range]:
+    """Return *ids* as ranges, by their first and last; an id that is there twice is in two of them."""
     if not ids:
-        return "{}"
+        return []
+    first, number = ids[0], len(ids)
+    if ids == list(range(first, first + number)):  # a batch, or a window, of changes in a row, as it nearly always is
+        return [(first, first + number - 1)]
     ordered = sorted(ids)
     steps = map(operator.sub, islice(ordered, 1, None), ordered)
     begins = [0, *compress(count(1), map((1).__ne__, steps))]
     ends = [*(place - 1 for place in begins[1:]), -1]
-    return "{" + ",".join(f"[{ordered[begin]},{ordered[end]}]" for begin, end in zip(begins, ends, strict=True)) + "}"
+    return [(ordered[begin], ordered[end]) for begin, end in zip(begins, ends, strict=True)]
+
+
+def _multirange(ranges: Sequence[_Range]) -> str:
+    """Return the set of what is in *ranges* as Postgres writes it."""
+    return "{" + ",".join(f"[{first},{last}]" for first, last in ranges) + "}"
 
 
 def _storable(text: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from queue import Empty, SimpleQueue
+from uuid import UUID
 
 from pipelines.changes.record import KEY, PAYLOAD, ChangeRecord
 from pipelines.delivery.batching import Batch, Lanes
@@ -150,17 +151,17 @@ class _Work:
 
     batch_id: int
     batch: Batch
+    key: UUID
+    """Under which it goes out."""
     set_aside: int = 0
     """Runs that set it aside before."""
     claimed_as: int = 0
     """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
     bytes: int = field(init=False)
     """By which it counts towards the window."""
-    keys: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bytes", sum(map(len, map(PAYLOAD, self.batch.changes))))
-        object.__setattr__(self, "keys", list(map(KEY, self.batch.changes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,7 @@ class _Lane(threading.Thread):
                     sent = sender.send(
                         work.batch_id,
                         work.batch,
+                        key=work.key,
                         suspect=work.set_aside > 0,
                         claimed_as=work.claimed_as or work.batch_id,
                     )
@@ -253,12 +255,11 @@ class _Loop:
         )
         self._results: SimpleQueue[object] = SimpleQueue()
         self._lanes: list[_Lane] = []
-        self._in_flight: dict[str, dict[str, Batch]] = defaultdict(dict)  # by stream and key, the last batch
         self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
         self._done: list[_Work] = []  # held until what became of them is written
-        self._outstanding = 0
+        self._outstanding: dict[int, _Work] = {}  # by batch id, in the order in which they were handed out
         self._held_records = 0
         self._held_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
@@ -444,7 +445,7 @@ class _Loop:
             log_id=self._log_id,
             target=self._policy.target,
             routes=self._routes,
-            lanes=Lanes(in_flight=self._in_flight, records=self._records_of_lane),
+            lanes=Lanes(in_flight=self._in_flight(), records=self._records_of_lane),
             max_records_of=self._max_records_of,
             blocked_keys=self._blocked(pending.records),
         )
@@ -457,8 +458,18 @@ class _Loop:
         self._recorder.count("filtered", plan.window.filtered)
         self._recorder.bury(plan.window.dead)
         self._last_batch = max(batch_ids, default=self._last_batch)
-        for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
-            self._dispatch(_Work(batch_id, batch))
+        for batch_id, batch, claim in zip(batch_ids, plan.batches, plan.window.claims, strict=True):
+            self._dispatch(_Work(batch_id, batch, claim.idempotency_key))
+
+    def _in_flight(self) -> Mapping[str, Mapping[str, Batch]]:
+        """Return, for each stream and each key of it that is in flight, the last batch with it.
+
+        Gathered when a window is planned: to take each key out again when its batch is done would be dearer.
+        """
+        found: dict[str, dict[str, Batch]] = defaultdict(dict)
+        for work in self._outstanding.values():
+            found[work.batch.route.stream].update(zip(map(KEY, work.batch.changes), repeat(work.batch)))
+        return found
 
     def _max_records_of(self, route: Route, operation: RouteOperation) -> int:
         learned = self._learned.get((route.stream, operation.kind))
@@ -472,10 +483,9 @@ class _Loop:
             ]
             for lane in self._lanes:
                 lane.start()
-        self._outstanding += 1
+        self._outstanding[work.batch_id] = work
         self._held_records += len(work.batch.changes)
         self._held_bytes += work.bytes
-        self._in_flight[work.batch.route.stream].update(zip(work.keys, repeat(work.batch)))
         number = work.batch.lane % len(self._lanes)
         self._records_of_lane[number] += len(work.batch.changes)
         self._lanes[number].work.put(work)
@@ -490,8 +500,8 @@ class _Loop:
         if [claim.idempotency_key for claim in claims] != [left.idempotency_key]:
             # Some of it is settled, or the mapping is another: what is sent is written down first, here too.
             batch_ids = self._ledger.split(left.batch_id, claims)
-        for batch_id, batch in zip(batch_ids, plan.batches, strict=True):
-            self._dispatch(_Work(batch_id, batch, left.set_aside, left.batch_id))
+        for batch_id, batch, claim in zip(batch_ids, plan.batches, claims, strict=True):
+            self._dispatch(_Work(batch_id, batch, claim.idempotency_key, left.set_aside, left.batch_id))
 
     def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
         """Have the loop's thread write a batch down as *parts*: for the lanes, which wait."""
@@ -584,13 +594,9 @@ class _Loop:
 
     def _take_in(self, work: _Work, sent: Sent) -> None:
         batch = work.batch
-        self._outstanding -= 1
+        del self._outstanding[work.batch_id]
         self._done.append(work)
         self._records_of_lane[batch.lane % len(self._lanes)] -= len(batch.changes)
-        in_flight = self._in_flight[batch.route.stream]
-        for key in work.keys:
-            if in_flight.get(key) is batch:
-                del in_flight[key]
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:

@@ -77,6 +77,8 @@ class _Part:
     operation: RouteOperation
     changes: Sequence[ChangeRecord]
     fragments: Sequence[bytes]
+    key: UUID | None = None
+    """As it is written down, if it is the whole of that."""
     fallen_back: bool = False
     fault: TargetFault | None = None
     """Why these records, sent with others before, are still undecided: so they wait like any retry."""
@@ -86,6 +88,7 @@ class _Part:
             self,
             changes=[self.changes[i] for i in positions],
             fragments=[self.fragments[i] for i in positions],
+            key=None,
         )
 
 
@@ -168,14 +171,16 @@ class Sender:
         self._split = split
         self._holds = KeyHolds() if holds is None else holds
 
-    def send(self, batch_id: int, batch: Batch, *, suspect: bool = False, claimed_as: int | None = None) -> Sent:
-        """Deliver *batch*, in order, as far as the target and the run allow.
+    def send(
+        self, batch_id: int, batch: Batch, *, key: UUID, suspect: bool = False, claimed_as: int | None = None
+    ) -> Sent:
+        """Deliver *batch* under its *key*, in order, as far as the target and the run allow.
 
         Of a batch that needs several requests, what is known is reported before the next is sent. A *suspect* was set
         aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is.
         """
         tally = _Tally(batch_id, supersedes=batch.route.on_dead == "supersede")
-        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments)])
+        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments, key)])
         with suppress(_GaveUp, DrainEnded):
             while todo:
                 part = todo.popleft()
@@ -329,7 +334,7 @@ class Sender:
     def _until_decided(self, part: _Part, fault: TargetFault | None, tally: _Tally, *, suspect: bool) -> Verdict:
         """Send the same bytes under the same key until the answer is about the records; raises _GaveUp or _SetAside."""
         request = part.operation.request(part.changes, part.fragments)
-        key = idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
+        key = part.key or idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
 
         def attempt(give_up_at: float | None) -> Verdict:
             permit = self._gate.enter(give_up_at=give_up_at)

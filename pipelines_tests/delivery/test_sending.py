@@ -17,6 +17,7 @@ from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.judging import JudgingRules
 from pipelines.delivery.ledger import Claim, Settlement
+from pipelines.delivery.planning import claim_of
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import LOG_ID
@@ -80,7 +81,7 @@ class Lane:
             report=self.reported.append,
             split=self._split,
         )
-        sent = sender.send(7, batch)
+        sent = sender.send(7, batch, key=claim_of(batch, log_id=LOG_ID, target="api").idempotency_key)
         told = [*self.reported, sent.settlement]
         whole = replace(
             sent.settlement,

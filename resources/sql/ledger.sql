@@ -120,8 +120,8 @@ from distributary.target_state
 where target = %(target)s
 
 -- name: pending
--- `bytes` bounds the window as payloads are stored, and says whether it was bounded.
-select r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays, r.bytes
+-- `bytes` bounds the window as payloads are stored.
+select r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays
 from (
     select g.*, sum(pg_column_size(g.payload)) over (order by g.change_id rows unbounded preceding) as bytes
     from (
@@ -144,6 +144,22 @@ from (
 ) r
 where r.bytes - pg_column_size(r.payload) < %(max_bytes)s
 order by r.change_id
+
+-- name: pending_behind
+select
+from distributary.target_state s
+cross join lateral unnest(int8multirange(int8range(%(change_id)s::bigint + 1, null)) - (s.settled + s.claimed)) as gap
+cross join lateral (
+    select
+    from distributary.change_log l
+    where l.change_id >= lower(gap)
+      and l.change_id < coalesce(upper(gap), 9223372036854775807)
+      and (l.target is null or l.target = %(target)s)
+    order by l.change_id
+    limit 1
+) l
+where s.target = %(target)s
+limit 1
 
 -- name: last_change_id
 -- The last id that was drawn, by whomever, seen or not; null if none was.
@@ -304,21 +320,23 @@ set status = 'active', reason = null, failed_runs = 0, retry_at = null, updated_
 where target = %(target)s
 
 -- name: owed
--- One query for all targets: a lock held is a drain at work. No more than a long tail's length is looked at for each: what
--- lies in the gaps and is nobody's here (other streams, other targets) would else be passed over again at every tick.
+-- One query for all targets: a lock held is a drain at work. For each it is looked at no more than a change that is for
+-- it, or than a long tail: what lies in the gaps and is nobody's here (other streams, other targets) would else be passed
+-- over again at every tick.
 with wanted as (
     select w.target, array(select jsonb_array_elements_text(w.streams)) as streams
     from jsonb_each(%(streams)s::jsonb) as w (target, streams)
+),
+held as materialized (
+    select k.objid::bigint as target_id
+    from pg_locks k
+    where k.locktype = 'advisory' and k.granted and k.objsubid = 2
+      and k.database = (select oid from pg_database where datname = current_database())
+      and k.classid::bigint = 1684632436
 )
 select s.target,
        not isempty(s.claimed) or p.pending as has_work,
-       exists (
-           select
-           from pg_locks k
-           where k.locktype = 'advisory' and k.granted and k.objsubid = 2
-             and k.database = (select oid from pg_database where datname = current_database())
-             and k.classid::bigint = 1684632436 and k.objid::bigint = s.target_id
-       ) as held,
+       s.target_id in (select h.target_id from held h) as held,
        s.status,
        s.reason,
        case
@@ -330,20 +348,23 @@ select s.target,
 from distributary.target_state s
 join wanted w on w.target = s.target
 cross join lateral (
-    select coalesce(bool_or(tail.wanted), false) or count(*) >= %(long_tail)s
-           or exists (select from distributary.load d where d.target = s.target and d.state = 'running') as pending
-    from (
-        select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted
-        from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
-        cross join lateral (
-            select l.target, l.stream
-            from distributary.change_log l
-            where l.change_id >= lower(gap) and l.change_id < coalesce(upper(gap), 9223372036854775807)
-            order by l.change_id
-            limit %(long_tail)s
-        ) l
-        limit %(long_tail)s
-    ) tail
+    select exists (select from distributary.load d where d.target = s.target and d.state = 'running')
+           or exists (
+               select
+               from (
+                   select (l.target is null or l.target = s.target) and l.stream = any (w.streams) as wanted,
+                          row_number() over () as place
+                   from unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+                   cross join lateral (
+                       select l.target, l.stream
+                       from distributary.change_log l
+                       where l.change_id >= lower(gap) and l.change_id < coalesce(upper(gap), 9223372036854775807)
+                       order by l.change_id
+                       limit %(long_tail)s
+                   ) l
+               ) tail
+               where tail.wanted or tail.place >= %(long_tail)s
+           ) as pending
 ) p
 order by s.target
 
