@@ -150,6 +150,8 @@ class PostgresTargetLedger(TargetLedger):
         self._target = target
         self._run_id = run_id
         self._sql = statements("ledger")
+        self._usual_bytes = 1
+        """Of a change's row as text; those of the last window say what to expect of the next."""
 
     def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
         cursor = self._connection.cursor(binary=True)
@@ -219,23 +221,23 @@ class PostgresTargetLedger(TargetLedger):
 
     def read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
         """Return the oldest pending changes, and whether they are all there are."""
+        # To stop in the midst takes a connection of its own: so no more is asked for than seems to fit.
+        limit = min(max_records, max_bytes // self._usual_bytes + 1)
         records: list[ChangeRecord] = []
         weight = 0
-        parameters = {"target": self._target, "max_records": max_records, "max_bytes": max_bytes}
         cursor = self._connection.cursor(row_factory=_change_records)
-        # A hundred rows at a time, for the statement bounds them as they are stored: compressed, they may be tiny.
+        parameters = {"target": self._target, "max_records": limit}
         rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=_ROWS_AT_ONCE)
         with closing(cast("Generator[ChangeRecord, None, None]", rows)) as rows:  # what is left of them is not read
             while weight < max_bytes and (some := list(islice(rows, _ROWS_AT_ONCE))):
                 sizes = list(accumulate(map(len, map(PAYLOAD, some)), initial=weight))
                 # Up to the one that reaches the bound, and that with it.
-                records += some[: bisect_left(sizes, max_bytes)]
-                weight = sizes[-1]
-        return records, len(records) < max_records and weight < max_bytes and self._is_all(records)
-
-    def _is_all(self, read: Sequence[ChangeRecord]) -> bool:
-        """Say whether nothing is pending behind what was *read*: the statement may have stopped at the bytes stored."""
-        return not read or self._execute("pending_behind", change_id=read[-1].change_id).fetchone() is None
+                fit = min(bisect_left(sizes, max_bytes), len(some))
+                records += some[:fit]
+                weight = sizes[fit]
+        if records:
+            self._usual_bytes = max(1, weight // len(records))
+        return records, len(records) < limit and weight < max_bytes
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()

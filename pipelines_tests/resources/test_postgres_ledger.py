@@ -407,7 +407,7 @@ def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, 
             connection.execute("analyze distributary.change_log")
         connection.execute(statements("ledger")["read_by_index"])
 
-        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000, max_bytes=1_000_000)
+        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000)
 
     assert found == {"Index Scan"}
     with subject.open("crm") as crm:
@@ -427,10 +427,34 @@ def test_payloads_that_compress_well_are_weighed_as_they_are_held(subject: Postg
 
     with subject.open("crm") as crm:
         window = crm.pending(max_records=1000, max_bytes=1_000_000)
+        again = crm.pending(max_records=1000, max_bytes=1_000_000)
 
     assert len(window.records) == 10
     assert not window.complete
     assert window.decided_up_to is None
+    assert again == window
+
+
+def test_a_window_bounded_by_bytes_begins_where_the_last_one_ended(subject: PostgresSubject) -> None:
+    """Small ones, then large ones, then small ones: what was usual is no longer, and nothing is left out for it."""
+    subject.ledger.register({"crm": "beginning"})
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        connection.execute(
+            "insert into distributary.change_log (stream, key, operation, payload)"
+            " select 'customers', i::text, 'insert', jsonb_build_object("
+            "   'note', repeat('e', case when i between 201 and 230 then 50000 else 100 end))"
+            " from generate_series(1, 500) i"
+        )
+
+    windows = []
+    with subject.open("crm") as crm:
+        while not windows or not windows[-1].complete:
+            windows.append(crm.pending(max_records=150, max_bytes=200_000))
+            assert sum(len(one.payload) for one in windows[-1].records) < 200_000 + 50_100
+            claim_each(crm, windows[-1])
+
+    assert [one for window in windows for one in ids(window.records)] == list(range(1, 501))
+    assert min(len(window.records) for window in windows[:-1]) <= 5
 
 
 def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> None:

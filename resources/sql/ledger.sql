@@ -120,19 +120,21 @@ from distributary.target_state
 where target = %(target)s
 
 -- name: pending
--- `bytes` bounds the window as payloads are stored.
-select r.change_id, r.stream, r.key, r.operation, convert_to(r.payload::text, 'UTF8'), r.changed_at, r.replays
+-- In the order of the ids. The holes below what is settled or claimed are few, and are sorted; the log behind all that is
+-- read as it lies, row by row: whoever has enough bytes can stop.
+select p.change_id, p.stream, p.key, p.operation, convert_to(p.payload::text, 'UTF8'), p.changed_at, p.replays
 from (
-    select g.*, sum(pg_column_size(g.payload)) over (order by g.change_id rows unbounded preceding) as bytes
-    from (
+    (
         select l.*
         from distributary.target_state s
-        cross join lateral unnest(int8multirange(int8range(0, null)) - (s.settled + s.claimed)) as gap
+        cross join lateral unnest(
+            int8multirange(int8range(0, coalesce(upper(s.settled + s.claimed), 0))) - (s.settled + s.claimed)
+        ) as hole
         cross join lateral (
             select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
             from distributary.change_log l
-            where l.change_id >= lower(gap)
-              and l.change_id < coalesce(upper(gap), 9223372036854775807)
+            where l.change_id >= lower(hole)
+              and l.change_id < upper(hole)
               and (l.target is null or l.target = %(target)s)
             order by l.change_id
             limit %(max_records)s
@@ -140,26 +142,24 @@ from (
         where s.target = %(target)s
         order by l.change_id
         limit %(max_records)s
-    ) g
-) r
-where r.bytes - pg_column_size(r.payload) < %(max_bytes)s
-order by r.change_id
-
--- name: pending_behind
-select
-from distributary.target_state s
-cross join lateral unnest(int8multirange(int8range(%(change_id)s::bigint + 1, null)) - (s.settled + s.claimed)) as gap
-cross join lateral (
-    select
-    from distributary.change_log l
-    where l.change_id >= lower(gap)
-      and l.change_id < coalesce(upper(gap), 9223372036854775807)
-      and (l.target is null or l.target = %(target)s)
-    order by l.change_id
-    limit 1
-) l
-where s.target = %(target)s
-limit 1
+    )
+    union all
+    (
+        select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
+        from distributary.change_log l
+        where l.change_id >= (
+                select coalesce(upper(s.settled + s.claimed), 0)
+                from distributary.target_state s
+                where s.target = %(target)s
+            )
+          and (l.target is null or l.target = %(target)s)
+        order by l.change_id
+        limit %(max_records)s
+    )
+    order by change_id
+    limit %(max_records)s
+) p
+order by p.change_id
 
 -- name: last_change_id
 -- The last id that was drawn, by whomever, seen or not; null if none was.
