@@ -161,13 +161,16 @@ class _Reading:
 
     def reply(self, limit: int) -> tuple[Reply, bool]:
         """Return the answer, and whether the connection may be used again."""
-        self._read_head()
-        names = {name.lower() for name, _ in self._headers}
-        if b"content-encoding" in names:
-            answer = httpx.Response(self._status, headers=self._headers, stream=_Stream(self._chunks()))
-            body, truncated = read_body(answer, limit=limit)
-        else:
-            body, truncated = self._read_body(limit)
+        try:
+            self._read_head()
+            names = {name.lower() for name, _ in self._headers}
+            if b"content-encoding" in names:
+                answer = httpx.Response(self._status, headers=self._headers, stream=_Stream(self._chunks()))
+                body, truncated = read_body(answer, limit=limit)
+            else:
+                body, truncated = self._read_body(limit)
+        finally:
+            del self._parser  # it holds this, and Python looks for such circles seldom while a drain is at work
         reusable = self._complete and self._kept and not self._unasked and not truncated
         return Reply(self._status, self._headers, body, truncated), reusable
 

@@ -5,6 +5,8 @@ What the network may do to it is in test_http_target.py, whose requests go this 
 
 import contextlib
 import datetime
+import gc
+import gzip
 import select
 import socket
 import ssl
@@ -198,6 +200,23 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pyte
         monkeypatch.setattr(http_direct, "_KEPT_IDLE", -1.0)
         answers(api.url, times=3)
         assert api.connections == 1 + 3
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector() -> None:
+    """A drain has it look seldom: a circle for each request was 5 MB of a million changes."""
+    zipped = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 22\r\n\r\n" + gzip.compress(b"ok")
+    for answer in (OK, zipped):
+        with saying(*[answer] * 20) as (url, _), contextlib.closing(HttpTargetClient(Endpoint(base_url=url))) as client:
+            client.send(POST, key=KEY)
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(10):
+                    client.send(POST, key=KEY)
+                left = gc.collect()
+            finally:
+                gc.enable()
+        assert left < 10
 
 
 def test_a_header_that_would_be_two_is_not_sent() -> None:
