@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modules = [peer.module for peer in roster.PEERS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--changes", type=int, default=Workload().changes)
-    parser.add_argument("--rounds", type=int, default=1, help="of each case; the fastest round counts, for everybody")
+    parser.add_argument("--rounds", type=int, default=1, help="in turns; the fastest of each counts, for everybody")
     parser.add_argument("--only", nargs="+", default=modules, choices=modules, metavar="PEER", help=", ".join(modules))
     parser.add_argument("--parts", nargs="+", default=["speed", "faults"], choices=["speed", "faults"])
     parser.add_argument("--json", type=Path, default=FOLDER / "peers.json", help="where the numbers go")
@@ -38,17 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Workload(changes=chosen.changes, targets=targets, latency=latency)
         for targets, latency in ((2, 0.0), (2, 0.05), (8, 0.05))
     ]
-    rows: list[list[Measured]] = []
+    rows: Sequence[Sequence[Measured]] = []
     outcomes: list[faults.Outcome] = []
     with server() as server_url:
-        for sender in senders(peers) if "speed" in chosen.parts else ():
-            try:
-                rows.append([_fastest(chosen.rounds, sender, server_url, work) for work in works])
-            except (NotDelivered, ProgramFailed) as problem:
-                missing[sender.name] = str(problem)
-                print(f"{sender.name} is left out: {problem}", flush=True)
-        if rows:  # what stands beside the plain Dagster asset: a run, from the command to its end
-            rows.append([measure_job(server_url, work, folder=FOLDER / "peers") for work in works])
+        if "speed" in chosen.parts:
+            rows = _in_turns(chosen.rounds, senders(peers), server_url, works, missing)
+            # What stands beside the plain Dagster asset: a run, from the command to its end.
+            rows = [*rows, [measure_job(server_url, work, folder=FOLDER / "peers") for work in works]]
         once = [
             sender for sender in senders(peers) if sender.peer is None or sender.per_target == sender.peer.layouts[0]
         ]
@@ -72,11 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fastest(rounds: int, sender: Sender, server_url: str, work: Workload) -> Measured:
-    found = [speed.measure(sender, server_url, work, folder=FOLDER / "peers") for _ in range(rounds)]
-    fastest = min(found, key=lambda one: one.seconds)
-    print(f"{sender.name}: {_told(fastest)}", flush=True)
-    return fastest
+def _in_turns(
+    rounds: int, all_senders: Sequence[Sender], server_url: str, works: Sequence[Workload], missing: dict[str, str]
+) -> list[list[Measured]]:
+    """Return each sender's fastest round of each of *works*; who cannot deliver is noted as *missing*.
+
+    Round by round, all one after the other: a machine is not as fast in one minute as in the next.
+    """
+    found: dict[str, list[list[Measured]]] = {sender.name: [[] for _ in works] for sender in all_senders}
+    for number, _ in enumerate(works):
+        for sender in [*all_senders] * rounds:
+            if sender.name in missing:
+                continue
+            try:
+                one = speed.measure(sender, server_url, works[number], folder=FOLDER / "peers")
+            except (NotDelivered, ProgramFailed) as problem:
+                missing[sender.name] = str(problem)
+                print(f"{sender.name} is left out: {problem}", flush=True)
+                continue
+            print(f"{sender.name}: {_told(one)}", flush=True)
+            found[sender.name][number].append(one)
+    return [
+        [min(some, key=lambda one: one.seconds) for some in of_each]
+        for name, of_each in found.items()
+        if name not in missing
+    ]
 
 
 def _told(one: Measured) -> str:
