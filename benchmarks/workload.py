@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import psycopg
 
-from pipelines.delivery.drain import DrainLimits
+from pipelines.delivery.drain import window_for
 from resources.migrate import apply_migrations
 
 VERSIONS = 4
 Variant = Literal["rows", "template"]
-_WINDOW = DrainLimits().window_records
 
 _FILL = """
 insert into distributary.change_log (stream, key, operation, payload)
@@ -80,7 +79,8 @@ class Workload:
 
     def target_file(self, name: str, url: str) -> dict[str, Any]:
         """Return the configuration of the target *name*, which is at *url*."""
-        mode = "state" if self.ids > _WINDOW else "event"
+        window = window_for(max_in_flight=self.in_flight, max_records=self.batch)
+        mode = "state" if self.ids > window else "event"
         route: dict[str, Any] = {"mode": mode, "upsert": {"path": "/orders", "batch": {"max_records": self.batch}}}
         if self.variant == "template":
             route["record"] = _TEMPLATE

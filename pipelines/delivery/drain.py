@@ -36,6 +36,8 @@ from pipelines.delivery.target import TargetClient
 
 _COLLECT_AFTER = (50_000, 20, 100)
 _FIRST_WINDOW = 1_000
+_SMALLEST_WINDOW = 10_000
+_WINDOW_PER_FLIGHT = 3
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
 _BETWEEN_COMMITS = 0.05
@@ -73,7 +75,8 @@ class DrainLimits:
     linger_seconds: float = 0.0
     poll_seconds: float = 0.25
     max_seconds: float | None = None
-    window_records: int = 10_000
+    window_records: int | None = None
+    """By default so many that all lanes stay busy (`window_for`)."""
     window_bytes: int = 32_000_000
 
 
@@ -137,6 +140,16 @@ def _collecting_seldom() -> Iterator[None]:
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+def window_for(*, max_in_flight: int, max_records: int) -> int:
+    """Return how many records a drain must hold so that no lane waits: the next are read when half of them are done."""
+    return max(_SMALLEST_WINDOW, _WINDOW_PER_FLIGHT * max_in_flight * max_records)
+
+
+def _most_records(routes: Mapping[str, Route]) -> int:
+    """Return how many records the largest of all requests may hold."""
+    return max((one.max_records for route in routes.values() for one in route.operations.values()), default=1)
 
 
 def _bucket(limit: RateLimit | None, now: float) -> TokenBucket | None:
@@ -235,6 +248,9 @@ class _Loop:
         self._policy, self._routes, self._ledger = policy, routes, ledger
         self._connect, self._clock, self._limits, self._stop = connect, clock, limits, stop
         self._on_progress = on_progress
+        self._window_records = limits.window_records or window_for(
+            max_in_flight=policy.max_in_flight, max_records=_most_records(routes)
+        )
         self._unwell = state.failed_runs > 0 or state.status != "active"
         self._earlier_failed_runs = state.failed_runs
         self._waited = state.retry_at is not None and not self._unwell  # batches were set aside
@@ -304,7 +320,7 @@ class _Loop:
         """
         parts = self._ledger.leftovers(
             # Half of what may be held: a part is still here while the next is read.
-            max_records=max(1, self._limits.window_records // 2),
+            max_records=max(1, self._window_records // 2),
             max_bytes=max(1, self._limits.window_bytes // 2),
         )
         for leftovers in parts:
@@ -407,7 +423,7 @@ class _Loop:
         """Read on while there is known to be more and room for it; else now and then, and whenever idle."""
         if not self._outstanding:
             return True
-        if self._held_records > self._limits.window_records // 2:
+        if self._held_records > self._window_records // 2:
             return False
         if self._held_bytes > self._limits.window_bytes // 2:
             return False
@@ -432,10 +448,10 @@ class _Loop:
         if self._holds.blocks_unwritten:
             return  # first the refusal, then what is dead because of it
         pending = self._ledger.pending(
-            max_records=min(self._largest_window, self._limits.window_records - self._held_records),
+            max_records=min(self._largest_window, self._window_records - self._held_records),
             max_bytes=self._limits.window_bytes - self._held_bytes,
         )
-        self._largest_window = min(2 * self._largest_window, self._limits.window_records)
+        self._largest_window = min(2 * self._largest_window, self._window_records)
         self._more, self._read_at = not pending.complete, self._clock.monotonic()
         self._read_nothing = not pending.records
         if not pending.records and pending.decided_up_to is None:
@@ -576,7 +592,7 @@ class _Loop:
             not self._outstanding
             or self._unwell  # and perhaps no longer, which is to be known even if it is brief
             or not self._seconds_until_commit()
-            or sum(len(work.batch.changes) for work in self._done) > self._limits.window_records // 4
+            or sum(len(work.batch.changes) for work in self._done) > self._window_records // 4
             or sum(work.bytes for work in self._done) > self._limits.window_bytes // 4
         )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.clock import Clock
-from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain
+from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain, window_for
 from pipelines.delivery.ledger import Leftover, PendingWindow, Settlement
 from pipelines.delivery.report import DrainReport, Recorder
 from pipelines.delivery.routing import Route
@@ -1029,6 +1029,29 @@ def test_what_is_held_is_bounded_by_the_window_whatever_the_backlog(limits: Drai
 
     assert_conserved(ledger, accepted=500)
     assert 3 <= most <= 31
+
+
+def test_without_a_bound_the_window_is_as_large_as_the_lanes_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    working = FakeTargetLedger.pending
+
+    def noted(self: FakeTargetLedger, *, max_records: int, max_bytes: int) -> PendingWindow:
+        asked.append(max_records)
+        return working(self, max_records=max_records, max_bytes=max_bytes)
+
+    monkeypatch.setattr(FakeTargetLedger, "pending", noted)
+    routes = routes_of(customers={"upsert": {"path": "/rows", "batch": {"max_records": 2_000}}})
+    ledger = a_ledger(40_000)
+    run(ledger, ScriptedTarget(), routes=routes, max_in_flight=3)
+
+    assert_conserved(ledger, accepted=40_000)
+    assert 10_000 < max(asked) <= 18_000
+
+
+@pytest.mark.parametrize(("in_flight", "batch", "most"), [(4, 100, 10_000), (8, 1000, 24_000)])
+def test_the_window_is_as_large_as_the_lanes_need(in_flight: int, batch: int, most: int) -> None:
+    """Two windows of 8,000 records in flight are more than a window of 10,000: half of the lanes would stand still."""
+    assert window_for(max_in_flight=in_flight, max_records=batch) == most
 
 
 def test_the_window_slides_so_that_no_lane_waits_for_the_slowest() -> None:
