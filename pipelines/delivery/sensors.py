@@ -20,8 +20,9 @@ from pipelines.delivery.ops import PlanConfig
 TARGETS_TAG = "distributary/targets"
 
 # The daemon comes to its sensors every 5 s at best, and half of that would be most of what a change waits. So a tick
-# stays until the next is due, and looks itself meanwhile: a query each time.
-_STAY_SECONDS = 5.0
+# stays until the next is nearly due (where ticks have threads, one that is still at it then is left out), and looks
+# itself meanwhile: a query each time.
+_STAY_SECONDS = 4.5
 _LOOK_SECONDS = 0.5
 # While a drain lingers, a change goes out within a fraction of a second; after, it costs the start of a run.
 _LINGER_SECONDS = 30.0
@@ -48,7 +49,7 @@ def change_sensor(
 ) -> dg.SensorResult | dg.SkipReason:
     """Launch one run for all targets with work that nobody is at; one query, whatever the number of targets.
 
-    Where there is none it looks again twice a second, for the 5 s until the daemon's next round.
+    Where there is none it looks again twice a second, until the daemon's next round is nearly due.
     """
     choice = _choose(context.instance, ledger, targets)
     ends, pause = clock.monotonic() + _STAY_SECONDS, Condition()

@@ -243,14 +243,14 @@ def test_a_ledger_that_cannot_be_asked_fails_the_tick(instance):
         tick(instance, UnreachableLedger())
 
 
-def test_a_tick_that_finds_nothing_stays_until_the_next_is_due(instance, ledger):
+def test_a_tick_that_finds_nothing_stays_until_the_next_is_nearly_due(instance, ledger):
     """The daemon comes every 5 s at best: what is committed meanwhile does not wait for it."""
     clock, nobody = FakeClock(), FakeLedger(targets={"crm": "beginning", "email": "beginning"})
 
     answer = tick(instance, nobody, clock=clock)
 
     assert isinstance(answer, dg.SkipReason)
-    assert sum(clock.naps) == 5.0
+    assert sum(clock.naps) == 4.5  # a tick that is still at it then would miss its turn
     assert max(clock.naps) <= 0.5
 
 
