@@ -114,7 +114,9 @@ class PostgresLedger(Ledger):
             assert found is not None  # the schema is there
             looking = PostgresTargetLedger(connection, target, run_id="")
             leftovers = next(looking.leftovers(max_records=max_records, max_bytes=max_bytes), [])
-            pending, complete = looking.read_pending(max_records=max_records, max_bytes=max_bytes)
+            # What is stopped in the midst fails its transaction: that must not be the one around.
+            with connection.transaction(force_rollback=True):
+                pending, complete = looking.read_pending(max_records=max_records, max_bytes=max_bytes)
             claimed = [change for left in leftovers for change in left.changes]
             blocked = looking.blocked({(change.stream, change.key) for change in (*claimed, *pending)})
         return Upcoming(log_id=found[0], leftovers=leftovers, pending=pending, blocked=blocked, more=not complete)

@@ -36,7 +36,7 @@ from pipelines.delivery.target import TargetClient
 
 _COLLECT_AFTER = (50_000, 20, 100)
 _FIRST_WINDOW = 1_000
-_SMALLEST_WINDOW = 10_000
+_SMALLEST_WINDOW, _LARGEST_WINDOW = 10_000, 40_000
 _WINDOW_PER_FLIGHT = 3
 _LONGEST_HOLD = 300.0
 _TICK = 0.05
@@ -143,8 +143,11 @@ def _collecting_seldom() -> Iterator[None]:
 
 
 def window_for(*, max_in_flight: int, max_records: int) -> int:
-    """Return how many records a drain must hold so that no lane waits: the next are read when half of them are done."""
-    return max(_SMALLEST_WINDOW, _WINDOW_PER_FLIGHT * max_in_flight * max_records)
+    """Return how many records a drain must hold so that no lane waits: the next are read when half of them are done.
+
+    Of requests that may hold very many, no more than memory and a stop request's patience allow.
+    """
+    return min(_LARGEST_WINDOW, max(_SMALLEST_WINDOW, _WINDOW_PER_FLIGHT * max_in_flight * max_records))
 
 
 def _most_records(routes: Mapping[str, Route]) -> int:

@@ -1048,7 +1048,7 @@ def test_without_a_bound_the_window_is_as_large_as_the_lanes_need(monkeypatch: p
     assert 10_000 < max(asked) <= 18_000
 
 
-@pytest.mark.parametrize(("in_flight", "batch", "most"), [(4, 100, 10_000), (8, 1000, 24_000)])
+@pytest.mark.parametrize(("in_flight", "batch", "most"), [(4, 100, 10_000), (8, 1000, 24_000), (64, 10_000, 40_000)])
 def test_the_window_is_as_large_as_the_lanes_need(in_flight: int, batch: int, most: int) -> None:
     """Two windows of 8,000 records in flight are more than a window of 10,000: half of the lanes would stand still."""
     assert window_for(max_in_flight=in_flight, max_records=batch) == most

@@ -457,6 +457,25 @@ def test_a_window_bounded_by_bytes_begins_where_the_last_one_ended(subject: Post
     assert min(len(window.records) for window in windows[:-1]) <= 5
 
 
+def test_a_preview_that_is_bounded_by_bytes_still_says_what_is_blocked(subject: PostgresSubject) -> None:
+    """All that it says is of one instant, so in one transaction; and a read that is stopped fails its own."""
+    subject.ledger.register({"crm": "beginning"})
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        connection.execute(
+            "insert into distributary.change_log (stream, key, operation, payload)"
+            " select 'customers', i::text, 'insert',"
+            "   (select jsonb_object_agg(n, md5(random()::text || i)) from generate_series(1, 100) n)"
+            " from generate_series(1, 5000) i"
+        )
+
+    seen = subject.ledger.upcoming("crm", max_records=5_000, max_bytes=1_000_000)
+
+    assert 100 < len(seen.pending) < 1_000
+    assert ids(seen.pending) == list(range(1, len(seen.pending) + 1))
+    assert seen.more
+    assert seen.blocked == {}
+
+
 def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> None:
     fill(subject, rows=20_000)
     make_gaps(subject, gaps=10_000)

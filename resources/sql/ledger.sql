@@ -365,6 +365,7 @@ cross join lateral (
                ) tail
                where tail.wanted or tail.place >= %(long_tail)s
            ) as pending
+    offset 0 -- else it would be worked out wherever it is named
 ) p
 order by s.target
 
