@@ -22,7 +22,7 @@ import httpx
 import psutil
 import psycopg
 
-from benchmarks.workload import Workload, fill
+from benchmarks.workload import TABLE, Workload, fill
 from demo.processes import ROOT, ProgramFailed, Programs, free_port
 from soak import deployment
 from soak.deployment import EXECUTE, drop_database, make_database, server
@@ -146,7 +146,7 @@ def measure_job(server_url: str, workload: Workload, *, folder: Path = FOLDER, n
             files = [workload.target_file(target, url) for target in workload.names]
             made.configure(source={"tables": {"orders": {"key": "id"}}}, targets=files)
             with made.connect() as connection:
-                connection.execute("create table orders (id bigint primary key)")
+                connection.execute(TABLE)
             with Programs(folder) as programs:
                 made.migrate(programs)
             started, at_receiver = time.monotonic(), seen(url)

@@ -28,6 +28,13 @@ from generate_series(1, %(versions)s::bigint) as version, generate_series(1, %(i
 order by version, id
 """
 
+TABLE = """
+create table orders (
+    id bigint primary key, version int, email text, name text, city text, cents bigint, paid boolean, note text
+)
+"""
+"""The source's table, with the columns of the changes; it stays empty."""
+
 _TEMPLATE = {
     "id": "$id",
     "version": "$version",

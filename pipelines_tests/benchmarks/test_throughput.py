@@ -2,19 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 from uuid import uuid4
 
 import pytest
 
 from benchmarks import ceiling, throughput
 from benchmarks.throughput import Measured, NotDelivered
-from benchmarks.workload import Workload
+from benchmarks.workload import Variant, Workload
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("variant", ["rows", "template"])
-def test_every_change_arrives_and_is_measured(postgres_url: str, tmp_path: Path, variant: str) -> None:
-    work = Workload(changes=400, targets=2, batch=10, latency=0.001, variant=variant)  # type: ignore[arg-type]
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_every_change_arrives_and_is_measured(postgres_url: str, tmp_path: Path, variant: Variant) -> None:
+    work = Workload(changes=400, targets=2, batch=10, latency=0.001, variant=variant)
 
     found = throughput.measure(postgres_url, work, folder=tmp_path, database=f"throughput_{uuid4().hex[:8]}")
 
@@ -27,10 +28,12 @@ def test_every_change_arrives_and_is_measured(postgres_url: str, tmp_path: Path,
 
 
 @pytest.mark.integration
-def test_the_job_delivers_the_same(postgres_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_the_job_delivers_the_same(postgres_url: str, tmp_path: Path, variant: Variant) -> None:
     name = f"throughput_{uuid4().hex[:8]}"
+    work = Workload(changes=80, targets=2, variant=variant)
 
-    found = throughput.measure_job(postgres_url, Workload(changes=80, targets=2), folder=tmp_path, name=name)
+    found = throughput.measure_job(postgres_url, work, folder=tmp_path, name=name)
 
     assert found.count("records") == 160
     assert found.seconds > found.sending_seconds
