@@ -37,7 +37,7 @@ from resources.migrate import check_sequence
 from resources.sql import statements
 
 _LONGEST_TEXT = 2000
-_ROWS_AT_ONCE = 100
+_ROWS_AT_FIRST, _ROWS_AT_ONCE, _BYTES_AT_ONCE = 10, 100, 1_000_000
 _Range = tuple[int, int]
 
 
@@ -152,7 +152,7 @@ class PostgresTargetLedger(TargetLedger):
         self._target = target
         self._run_id = run_id
         self._sql = statements("ledger")
-        self._usual_bytes = 1
+        self._usual_bytes: int | None = None
         """Of a change's row as text; those of the last window say what to expect of the next."""
 
     def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
@@ -223,15 +223,18 @@ class PostgresTargetLedger(TargetLedger):
 
     def read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
         """Return the oldest pending changes, and whether they are all there are."""
-        # To stop in the midst takes a connection of its own: so no more is asked for than seems to fit.
-        limit = min(max_records, max_bytes // self._usual_bytes + 1)
+        # To stop in the midst takes a connection of its own: so no more is asked for than seems to fit. What comes
+        # at once is here before it is weighed.
+        usual = self._usual_bytes
+        limit = max_records if usual is None else min(max_records, max_bytes // usual + 1)
+        at_once = _ROWS_AT_FIRST if usual is None else max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // usual))
         records: list[ChangeRecord] = []
         weight = 0
         cursor = self._connection.cursor(row_factory=_change_records)
         parameters = {"target": self._target, "max_records": limit}
-        rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=_ROWS_AT_ONCE)
+        rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=at_once)
         with closing(cast("Generator[ChangeRecord, None, None]", rows)) as rows:  # what is left of them is not read
-            while weight < max_bytes and (some := list(islice(rows, _ROWS_AT_ONCE))):
+            while weight < max_bytes and (some := list(islice(rows, at_once))):
                 sizes = list(accumulate(map(len, map(PAYLOAD, some)), initial=weight))
                 # Up to the one that reaches the bound, and that with it.
                 fit = min(bisect_left(sizes, max_bytes), len(some))
