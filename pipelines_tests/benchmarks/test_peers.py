@@ -39,7 +39,8 @@ def test_everything_arrives_from_everybody(sender: Sender, postgres_url: str, tm
     found = speed.measure(sender, postgres_url, WORK, folder=tmp_path, database=fresh())
 
     assert (found.count("records"), found.count("missing"), found.count("repeats")) == (2400, 0, 0)
-    assert found.sender_cpu > 0
+    # The kernel counts in hundredths of a second, and the barest of them is through with so little in less.
+    assert found.sender_cpu > 0 or found.seconds < 0.1
     assert found.peak_bytes > 1_000_000
 
 

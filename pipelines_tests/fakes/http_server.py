@@ -8,6 +8,7 @@ A request is *applied* where a real API would have changed its data: on a 2xx, u
 """
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -222,7 +223,7 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         # Without the look-up of the host's full name that http.server does, which may be slow.
-        socketserver.TCPServer.server_bind(self)
+        _bind_in_the_end(self)
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -401,3 +402,19 @@ def per_item(
         return Reply.json({items: results}, status=status)
 
     return script
+
+
+def _bind_in_the_end(server: socketserver.TCPServer, *, patience: float = 10.0) -> None:
+    """Bind *server*; a port that it had before may be taken for a while by a client.
+
+    While nothing listened on it, one that tried to connect to it may have been given it for its own end, and have met
+    itself.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return socketserver.TCPServer.server_bind(server)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not server.server_address[1] or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
