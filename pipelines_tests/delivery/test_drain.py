@@ -914,9 +914,9 @@ def test_outcomes_that_nobody_waits_for_are_written_together(monkeypatch: pytest
     assert len(commits) <= 12
 
 
-def test_the_lanes_are_given_a_little_before_windows_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the whole of a first window is read and planned, nothing would be sent."""
-    ledger = a_ledger(9_000)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many records each window was asked to hold, as they are asked for."""
     asked: list[int] = []
     working = FakeTargetLedger.pending
 
@@ -925,6 +925,12 @@ def test_the_lanes_are_given_a_little_before_windows_grow(monkeypatch: pytest.Mo
         return working(self, max_records=max_records, max_bytes=max_bytes)
 
     monkeypatch.setattr(FakeTargetLedger, "pending", noted)
+    return asked
+
+
+def test_the_lanes_are_given_a_little_before_windows_grow(asked: list[int]) -> None:
+    """While the whole of a first window is read and planned, nothing would be sent."""
+    ledger = a_ledger(9_000)
     run(ledger, ScriptedTarget(), limits=DrainLimits(window_records=3_000))
 
     assert_conserved(ledger, accepted=9_000)
@@ -1031,15 +1037,7 @@ def test_what_is_held_is_bounded_by_the_window_whatever_the_backlog(limits: Drai
     assert 3 <= most <= 31
 
 
-def test_without_a_bound_the_window_is_as_large_as_the_lanes_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    working = FakeTargetLedger.pending
-
-    def noted(self: FakeTargetLedger, *, max_records: int, max_bytes: int) -> PendingWindow:
-        asked.append(max_records)
-        return working(self, max_records=max_records, max_bytes=max_bytes)
-
-    monkeypatch.setattr(FakeTargetLedger, "pending", noted)
+def test_without_a_bound_the_window_is_as_large_as_the_lanes_need(asked: list[int]) -> None:
     routes = routes_of(customers={"upsert": {"path": "/rows", "batch": {"max_records": 2_000}}})
     ledger = a_ledger(40_000)
     run(ledger, ScriptedTarget(), routes=routes, max_in_flight=3)
