@@ -1,5 +1,7 @@
 """Composition root: which resources serve which jobs. Nothing else binds a port to an adapter."""
 
+import pipelines.ahead  # noqa: F401,I001 - before all that takes long to import
+
 import click
 import dagster as dg
 

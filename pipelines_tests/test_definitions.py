@@ -1,6 +1,7 @@
 """What a code location holds, and what loading it needs: files, and nothing else."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_a_configuration_folder_that_does_not_exist_is_named(monkeypatch):
 
 _KEPT = """
 import importlib, json, sys
-from pipelines.delivery.jobs import PRELOAD
+from pipelines.ahead import PRELOAD
 missing = []
 for name in PRELOAD:
     try:
@@ -179,6 +180,57 @@ def test_where_they_cannot_be_made_nothing_is_kept_and_each_step_says_why(config
     (config / "source.yaml").write_text("tables: {people: {}}\n")
 
     assert what_the_steps_server_has() == {"missing": [], "kept": False, "same": False, "job": False}
+
+
+_AHEAD = """
+import multiprocessing, sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+def is_up_when_the_definitions_are_imported(answer):
+    from pipelines import definitions
+    answer.put(bool(forkserver._forkserver._forkserver_pid))
+
+if __name__ == "__main__":
+    if sys.argv[1] == "child":
+        context = multiprocessing.get_context("spawn")
+        answer = context.SimpleQueue()
+        child = context.Process(target=is_up_when_the_definitions_are_imported, args=[answer])
+        child.start()
+        print(answer.get())
+        child.join()
+    else:
+        is_up_when_the_definitions_are_imported(type("Answer", (), {"put": print}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "started"),
+    [
+        (["child"], True),  # of a code server: Dagster's own launcher
+        (["job", "execute"], True),
+        (["api", "execute_run"], True),  # of a launcher that makes a container
+        (["api", "grpc"], False),
+        (["job", "list"], False),
+    ],
+)
+def test_a_runs_process_starts_it_before_it_has_imported_all_itself(
+    tmp_path: Path, config: Path, arguments: list[str], started: bool
+) -> None:
+    """And no other process does: there it would be of no use to anybody."""
+    script = tmp_path / "ahead.py"
+    script.write_text(_AHEAD)
+
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+    assert done.stdout == f"{started}\n"
 
 
 def test_elsewhere_nothing_is_kept(config: Path) -> None:

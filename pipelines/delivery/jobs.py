@@ -2,15 +2,11 @@
 
 import dagster as dg
 
+from pipelines.ahead import PRELOAD
 from pipelines.delivery.ops import conclude_delivery, deliver_to_target, plan_deliveries
 
 # More than there are targets, so that one that hangs never takes another's slot. Steps mostly wait, for the network.
 _MOST_STEPS = 128
-
-# Forked from a server that has imported everything, Dagster's storage too, and made the definitions: a step starts in a
-# fraction of the time that spawning takes. What is missing here, each step imports for itself.
-PRELOAD = ["dagster_postgres", "psycopg2.extras", "upath.core", "dotenv", "pipelines.forked"]
-
 
 STEPS_SIDE_BY_SIDE = dg.multiprocess_executor.configured(
     {"max_concurrent": _MOST_STEPS, "start_method": {"forkserver": {"preload_modules": PRELOAD}}}
