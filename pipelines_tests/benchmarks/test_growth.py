@@ -42,4 +42,7 @@ def test_the_report_tells_multiples_of_the_shortest_past() -> None:
 
 
 def test_what_a_trigger_adds_is_a_part_of_the_time_that_an_update_takes() -> None:
-    assert Watched(writers=1, durable=True, without=1500.0, with_trigger=1000.0).added == 0.5
+    watched = Watched(writers=1, durable=True, without=1500.0, with_trigger=1000.0, with_least=1200.0)
+
+    assert watched.added == 0.5
+    assert watched.added_at_least == 0.25
