@@ -33,7 +33,7 @@ bench-throughput: $(READY)  ## how many records a second, at what cost?
 bench-isolation: $(READY)  ## do sick targets slow healthy ones down?
 	$(BIN)/python -m benchmarks.isolation
 
-bench-backlog: $(READY)  ## does a drain's memory grow with a backlog of a million changes?
+bench-backlog: $(READY)  ## does a drain's memory grow with a backlog of two million changes?
 	$(BIN)/python -m benchmarks.backlog
 
 bench-growth: $(READY)  ## what do ten million settled changes cost, and what does a trigger?

@@ -1,4 +1,4 @@
-"""Does a drain's memory grow with the backlog? `make bench-backlog` drains 10,000, 100,000 and 1,000,000 changes.
+"""Does a drain's memory grow with the backlog? `make bench-backlog` drains 10,000, 100,000 and 2,000,000 changes.
 
 Each backlog is drained by one `drain()` in a process of its own, from a fresh database, to a target that only counts.
 What is compared is the most memory that the process ever had (its peak resident set size).
@@ -33,7 +33,7 @@ from soak.curve import sparkline
 from soak.deployment import drop_database, make_database, server
 
 FOLDER = ROOT / ".data" / "benchmarks"
-SIZES = (10_000, 100_000, 1_000_000)
+SIZES = (10_000, 100_000, 2_000_000)
 DATABASE = "distributary_bench_backlog"
 _SAMPLE_SECONDS = 0.05
 _LONGEST = 3600.0

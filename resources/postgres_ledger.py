@@ -7,10 +7,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, compress, count, groupby, islice, pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import msgspec
 import psycopg
 from psycopg.types.json import Jsonb
+from psycopg.types.numeric import Int8BinaryLoader
 
 from pipelines.changes.record import CHANGE_ID, PAYLOAD, ChangeRecord
 from pipelines.delivery.ledger import (
@@ -39,6 +41,7 @@ from resources.sql import statements
 _LONGEST_TEXT = 2000
 _ROWS_AT_FIRST, _ROWS_AT_ONCE, _BYTES_AT_ONCE = 10, 100, 1_000_000
 _Range = tuple[int, int]
+_Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
 
 
 class SchemaMissing(DatabaseProblem):
@@ -144,6 +147,12 @@ def _change_records(_: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], ChangeR
     return cast("Callable[[Sequence[Any]], ChangeRecord]", partial(tuple.__new__, ChangeRecord))
 
 
+def _with_instants(cursor: _Cursor) -> _Cursor:
+    """Have *cursor*, which must ask for binary results, give times as a `ChangeRecord` has them: as they are sent."""
+    cursor.adapters.register_loader("timestamptz", Int8BinaryLoader)
+    return cursor
+
+
 class PostgresTargetLedger(TargetLedger):
     """One target's ledger on the connection that holds its lock."""
 
@@ -174,15 +183,17 @@ class PostgresTargetLedger(TargetLedger):
         place = (0, 0, 0)
         while up_to is not None:
             origin, first, batch_id = place
-            rows = self._execute(
-                "leftovers",
-                origin=origin,
-                first=first,
-                batch_id=batch_id,
-                up_to=up_to,
-                max_records=max_records,
-                max_bytes=max_bytes,
-            ).fetchall()
+            parameters = {
+                "target": self._target,
+                "origin": origin,
+                "first": first,
+                "batch_id": batch_id,
+                "up_to": up_to,
+                "max_records": max_records,
+                "max_bytes": max_bytes,
+            }
+            cursor = _with_instants(self._connection.cursor(binary=True))
+            rows = cursor.execute(self._sql["leftovers"], parameters).fetchall()
             if not rows:
                 return
             place = rows[-1][:3]
@@ -230,7 +241,7 @@ class PostgresTargetLedger(TargetLedger):
         at_once = _ROWS_AT_FIRST if usual is None else max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // usual))
         records: list[ChangeRecord] = []
         weight = 0
-        cursor = self._connection.cursor(row_factory=_change_records)
+        cursor = _with_instants(self._connection.cursor(row_factory=_change_records))
         parameters = {"target": self._target, "max_records": limit}
         rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=at_once)
         with closing(cast("Generator[ChangeRecord, None, None]", rows)) as rows:  # what is left of them is not read
@@ -406,7 +417,7 @@ def _added(first: Settlement, then: Settlement) -> Settlement:
 
 def _array(ids: Sequence[int]) -> str:
     """Return *ids* as Postgres writes an array: in one piece, for psycopg would look at each."""
-    return "{" + str(list(ids))[1:-1] + "}"
+    return "{" + msgspec.json.encode(ids)[1:-1].decode() + "}"
 
 
 def _id_of_dead(record: DeadRecord) -> int:

@@ -3,15 +3,15 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from math import ceil
 from random import Random
 from typing import Literal
 
-from pipelines.changes.record import CHANGED_AT, STREAM, ChangeRecord
+from pipelines.changes.record import INSTANT, STREAM, ChangeRecord, instant_of, time_of
 from pipelines.delivery.outcome import DeadRecord
 
-_LAGS_OF_A_BATCH = 10
+_LAGS_OF_A_BATCH = 4
 _MOST_REASONS = 20
 OTHER_REASONS = "other reasons"
 
@@ -71,7 +71,7 @@ class Sample:
         self._seen += 1
         if len(self._kept) < self._size:
             self._kept.append(value)
-        elif (place := self._random.randrange(self._seen)) < self._size:
+        elif (place := int(self._random.random() * self._seen)) < self._size:  # `randrange` takes ten times as long
             self._kept[place] = value
 
     def quantile(self, fraction: float) -> float | None:
@@ -97,14 +97,14 @@ class Recorder:
         """Add *changes* to one count of their streams and days."""
         if not changes:
             return
-        times = list(map(CHANGED_AT, changes))
-        first, last = min(times).astimezone(UTC).date(), max(times).astimezone(UTC).date()
+        instants = list(map(INSTANT, changes))
+        first, last = _day_of(min(instants)), _day_of(max(instants))
         streams = set(map(STREAM, changes))
         if first == last and len(streams) == 1:  # as a batch nearly always is
             self._add(name, streams.pop(), first, len(changes))
             return
         for change in changes:
-            self._add(name, change.stream, change.changed_at.astimezone(UTC).date(), 1)
+            self._add(name, change.stream, _day_of(change.instant), 1)
 
     def _add(self, name: str, stream: str, day: date, number: int) -> None:
         tally = self.tallies[(stream, day)]
@@ -112,9 +112,10 @@ class Recorder:
 
     def lag(self, now: datetime, accepted: Sequence[ChangeRecord]) -> None:
         """Take into account how long some of a batch's changes took: a few stand for all."""
+        until = instant_of(now)
         for change in accepted[:: max(1, len(accepted) // _LAGS_OF_A_BATCH)]:
             # The clocks of two machines: a change cannot have been delivered before it was made.
-            self.lags.add(max(0.0, (now - change.changed_at).total_seconds()))
+            self.lags.add(max(0.0, (until - change.instant) / 1e6))
 
     def bury(self, dead: Sequence[DeadRecord]) -> None:
         """Add dead letters, by their reasons."""
@@ -125,4 +126,8 @@ class Recorder:
             self.refusals[record.reason if known else OTHER_REASONS] += 1
 
     def _tally_of(self, change: ChangeRecord) -> Tally:
-        return self.tallies[(change.stream, change.changed_at.astimezone(UTC).date())]
+        return self.tallies[(change.stream, _day_of(change.instant))]
+
+
+def _day_of(instant: int) -> date:
+    return time_of(instant).date()

@@ -237,7 +237,9 @@ class Sender:
     def _deliver(self, part: _Part, batch: Batch, tally: _Tally, *, suspect: bool) -> list[_Part]:
         """Send *part* and note what became of it; return what is to be sent in its place."""
         route = batch.route
-        part, fault = replace(part, fault=None), part.fault
+        fault = part.fault
+        if fault is not None:
+            part = replace(part, fault=None)
         try:
             verdict = self._until_decided(part, fault, tally, suspect=suspect)
         except _SetAside:

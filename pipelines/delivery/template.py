@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC
 from difflib import get_close_matches
 from typing import Any, Literal
 from urllib.parse import quote, quote_plus
@@ -141,7 +140,7 @@ def compile_batch(template: Any, *, stream: str, place: Place = ()) -> BatchTemp
 
 def changed_at_text(change: ChangeRecord) -> str:
     """Return the time of the change as ISO 8601 in UTC, always with microseconds: `2024-02-29T12:00:00.000000Z`."""
-    return change.changed_at.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+    return change.changed_at.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode

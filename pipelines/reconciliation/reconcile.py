@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.reading import NumberedPaging, OffsetPaging, ReadConfig, ReconcileConfig, Shape
 from pipelines.delivery.template import RecordUnrenderable
 from pipelines.reconciliation.compare import (
@@ -332,7 +332,7 @@ class Reconciliation:
         return self.subject.render(self._change(row))
 
     def _change(self, row: SourceRow) -> ChangeRecord:
-        return ChangeRecord(0, self.subject.stream, row.key, "snapshot", row.payload, self.now)
+        return ChangeRecord(0, self.subject.stream, row.key, "snapshot", row.payload, instant_of(self.now))
 
     def _part(self, rendered: bytes) -> Any:
         return part_of(decode(rendered), self.subject.read.compare)

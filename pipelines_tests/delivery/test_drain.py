@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.drain import DrainLimits, DrainPolicy, RateLimit, drain, window_for
 from pipelines.delivery.ledger import Leftover, PendingWindow, Settlement
@@ -1205,7 +1205,9 @@ def test_nothing_is_lost_and_no_key_goes_backwards(
 
 def test_a_change_cannot_have_been_delivered_before_it_was_made() -> None:
     """Though the clock that stamped it may be ahead of ours."""
-    late = ChangeRecord(1, "customers", "1", "update", b'{"id": "1", "change": 1}', datetime(2030, 1, 1, tzinfo=UTC))
+    late = ChangeRecord(
+        1, "customers", "1", "update", b'{"id": "1", "change": 1}', instant_of(datetime(2030, 1, 1, tzinfo=UTC))
+    )
 
     report = run(a_ledger([late]), ScriptedTarget())
 

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.jobs import delivery_job
 from pipelines.delivery.ops import PlanConfig
 from pipelines_tests.fakes.catalog import FakeTargetCatalog, target_config
@@ -37,7 +37,7 @@ def changes(*days: str, stream: str = "people", first: int = 1) -> list[ChangeRe
             key=str(number),
             operation="insert",
             payload=b'{"name": "Ada Lovelace"}',
-            changed_at=datetime.fromisoformat(day).replace(tzinfo=UTC),
+            instant=instant_of(datetime.fromisoformat(day).replace(tzinfo=UTC)),
         )
         for number, day in enumerate(days, start=first)
     ]

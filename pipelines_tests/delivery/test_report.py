@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.report import OTHER_REASONS, DrainReport, Recorder, Sample, Tally
 
@@ -14,7 +14,7 @@ NOON = datetime(2025, 3, 1, 12, tzinfo=UTC)
 
 
 def change(change_id: int, *, stream: str = "customers", changed_at: datetime = NOON) -> ChangeRecord:
-    return ChangeRecord(change_id, stream, str(change_id), "update", b"{}", changed_at)
+    return ChangeRecord(change_id, stream, str(change_id), "update", b"{}", instant_of(changed_at))
 
 
 def test_counts_are_kept_by_stream_and_day() -> None:

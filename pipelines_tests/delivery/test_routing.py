@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import HttpRequest, Route, RouteOperation, Transform, compile_routes
 from pipelines.delivery.template import RecordUnrenderable
@@ -21,7 +21,7 @@ BATCH = {"max_records": 100}
 def change(change_id: int = 1, row: Any = None, *, key: str | None = None, operation: Any = "update") -> ChangeRecord:
     row = {"id": change_id, "name": "Ada", "email": f"{change_id}@example.com"} if row is None else row
     payload = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return ChangeRecord(change_id, "customers", key or str(change_id), operation, payload, NOON)
+    return ChangeRecord(change_id, "customers", key or str(change_id), operation, payload, instant_of(NOON))
 
 
 def compiled(route: dict[str, Any], function: Callable[[dict[str, Any]], Any] | None = None, **target: Any) -> Route:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, instant_of
 from pipelines.delivery.template import (
     RecordUnrenderable,
     TemplateError,
@@ -27,7 +27,7 @@ NOON = datetime(2024, 2, 29, 12, tzinfo=UTC)
 
 def change(payload: bytes | str = b"{}", *, key: str = "1", **other: Any) -> ChangeRecord:
     text = payload.encode() if isinstance(payload, str) else payload
-    fields = {"change_id": 7, "stream": "customers", "operation": "update", "changed_at": NOON} | other
+    fields = {"change_id": 7, "stream": "customers", "operation": "update", "instant": instant_of(NOON)} | other
     return ChangeRecord(key=key, payload=text, **fields)
 
 
@@ -84,7 +84,7 @@ def test_the_changes_own_fields_can_be_named():
 
 def test_the_time_of_a_change_is_told_in_utc():
     at = datetime(2024, 2, 29, 23, 30, 0, 5, tzinfo=timezone(timedelta(hours=-5)))
-    assert rendered("$_changed_at", changed_at=at) == '"2024-03-01T04:30:00.000005Z"'
+    assert rendered("$_changed_at", instant=instant_of(at)) == '"2024-03-01T04:30:00.000005Z"'
 
 
 def test_the_whole_row_goes_through_unparsed():
@@ -386,7 +386,7 @@ def test_a_batchs_body_without_one_list_is_refused(body: Any, problem: str):
 
 def test_a_replay_says_that_it_is_its_original() -> None:
     """It goes out under the original's key, and one key must not have two bodies."""
-    original = ChangeRecord(7, "customers", "a", "update", b'{"id": 1}', datetime(2025, 1, 1, tzinfo=UTC))
+    original = ChangeRecord(7, "customers", "a", "update", b'{"id": 1}', instant_of(datetime(2025, 1, 1, tzinfo=UTC)))
     replay = original._replace(change_id=99, replays=7)
     template = compile_json({"seq": "$_change_id", "text": "no ${_change_id}"})
 

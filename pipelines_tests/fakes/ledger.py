@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Literal
 from uuid import UUID
 
-from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.changes.record import ChangeRecord, Operation, instant_of
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import (
     LONG_TAIL,
@@ -214,7 +214,7 @@ class FakeLedger(Ledger):
                 key=key,
                 operation=operation,
                 payload=payload,
-                changed_at=self._clock.now(),
+                instant=instant_of(self._clock.now()),
                 replays=replays,
             )
             self._log.append(_Logged(record, target, writer))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.changes.record import ChangeRecord, Operation, instant_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import HttpRequest, Route, compile_routes
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
@@ -126,4 +126,4 @@ def change(
     key = str(change_id) if key is None else key
     if payload is None:
         payload = b'{"id": "%b", "change": %d}' % (key.encode(), change_id)
-    return ChangeRecord(change_id, stream, key, operation, payload, datetime(2025, 1, 1, tzinfo=UTC))
+    return ChangeRecord(change_id, stream, key, operation, payload, instant_of(datetime(2025, 1, 1, tzinfo=UTC)))

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
@@ -41,6 +42,20 @@ def accept_all(ledger: TargetLedger) -> list[int]:
     batches = claim_each(ledger, window)
     ledger.settle([Settlement(batch_id=batch_id, accepted=[change]) for batch_id, change in batches.items()])
     return ids(window.records)
+
+
+def test_a_change_has_the_time_of_its_row_to_the_microsecond(subject: PostgresSubject) -> None:
+    """Pending or left over, and whatever the session takes for the local time."""
+    subject.append()
+    at = datetime(2024, 2, 29, 12, 0, 0, 7, tzinfo=UTC)
+    subject.rows("update distributary.change_log set changed_at = %s returning 1", at)
+    with subject.open("crm") as crm:
+        window = read(crm)
+        claim_each(crm, window)
+    with subject.open("crm") as crm:
+        (left,) = left_over(crm)
+
+    assert [change.changed_at for change in (*window.records, *left.changes)] == [at, at]
 
 
 # --- the lock and its connection --------------------------------------------------------------------------------------
