@@ -5,6 +5,7 @@ no run at work would wait for both.
 """
 
 import multiprocessing
+import os
 import sys
 from contextlib import suppress
 from multiprocessing import forkserver
@@ -20,14 +21,19 @@ PRELOAD = [
     "pipelines.forked",
 ]
 
-# Dagster's own launcher makes a run's process by `multiprocessing`, which nobody else does with the definitions in it.
-# The commands are those of a person, and of the launchers that make a container.
+# Dagster's own launcher makes a run's process by `multiprocessing`. The commands are those of a person, and of the
+# launchers that make a container.
 _IS_A_RUN = multiprocessing.parent_process() is not None or sys.argv[1:3] in (
     ["job", "execute"],
     ["api", "execute_run"],
 )
 
-if _IS_A_RUN:
+# What a run's process starts is no run's process, though it may be made in the same way, or be given the same arguments
+# (by Python 3.13.12 and later): without a mark, each would start the next, without end.
+_MARK = "DISTRIBUTARY_WITHIN_A_RUN"
+
+if _IS_A_RUN and _MARK not in os.environ:
+    os.environ[_MARK] = "1"
     with suppress(OSError):  # Dagster tries again, and says so
         forkserver.set_forkserver_preload(PRELOAD)
         forkserver.ensure_running()

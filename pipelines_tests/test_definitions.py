@@ -201,6 +201,10 @@ if __name__ == "__main__":
         child.join()
     else:
         is_up_when_the_definitions_are_imported(type("Answer", (), {"put": print}))
+        sys.stdout.flush()
+        if "then" in sys.argv:
+            import subprocess
+            subprocess.run([sys.executable, __file__, *sys.argv[1:3]], check=True)
 """
 
 
@@ -231,6 +235,23 @@ def test_a_runs_process_starts_it_before_it_has_imported_all_itself(
     )
 
     assert done.stdout == f"{started}\n"
+
+
+def test_what_a_runs_process_starts_does_not_start_another_in_its_turn(tmp_path: Path, config: Path) -> None:
+    """The process that steps are forked from has the run's own arguments, by newer Pythons."""
+    script = tmp_path / "ahead.py"
+    script.write_text(_AHEAD)
+
+    done = subprocess.run(
+        [sys.executable, str(script), "job", "execute", "then"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_elsewhere_nothing_is_kept(config: Path) -> None:

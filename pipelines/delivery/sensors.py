@@ -21,7 +21,7 @@ TARGETS_TAG = "distributary/targets"
 
 # The daemon comes to its sensors every 5 s at best, and half of that would be most of what a change waits. So a tick
 # stays until the next is nearly due (where ticks have threads, one that is still at it then is left out), and looks
-# itself meanwhile, as often as a drain that lingers: a query each time.
+# itself meanwhile, as often as a drain that lingers: one query each time, while nothing is owed.
 _STAY_SECONDS = 4.5
 _LOOK_SECONDS = 0.25
 # While a drain lingers, a change goes out within a fraction of a second; after, it costs the start of a run.
