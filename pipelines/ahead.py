@@ -28,8 +28,8 @@ _IS_A_RUN = multiprocessing.parent_process() is not None or sys.argv[1:3] in (
     ["api", "execute_run"],
 )
 
-# What a run's process starts is no run's process, though it may be made in the same way, or be given the same arguments
-# (by Python 3.13.12 and later): without a mark, each would start the next, without end.
+# What a run's process starts is no run's process, though it may be made in the same way, or have the same arguments (by
+# Pythons with python/cpython#143717): without a mark, each would start the next, without end.
 _MARK = "DISTRIBUTARY_WITHIN_A_RUN"
 
 if _IS_A_RUN and _MARK not in os.environ:
