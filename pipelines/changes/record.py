@@ -33,7 +33,7 @@ class ChangeRecord(NamedTuple):
     instant: int
     """When it was made, in microseconds since the beginning of the year 2000 in UTC.
 
-    That is how Postgres sends it. Of thousands of changes nobody wants to know more than how old the oldest is.
+    That is how Postgres sends it. Few are ever asked for the time itself: `changed_at`.
     """
     replays: int | None = None
     """The change that this one sends again, under the original's idempotency key."""

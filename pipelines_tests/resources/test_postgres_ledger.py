@@ -45,7 +45,7 @@ def accept_all(ledger: TargetLedger) -> list[int]:
 
 
 def test_a_change_has_the_time_of_its_row_to_the_microsecond(subject: PostgresSubject) -> None:
-    """Pending or left over, and whatever the session takes for the local time."""
+    """Whether it is pending or left over."""
     subject.append()
     at = datetime(2024, 2, 29, 12, 0, 0, 7, tzinfo=UTC)
     subject.rows("update distributary.change_log set changed_at = %s returning 1", at)
