@@ -2,10 +2,9 @@
 
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate, compress, count, groupby, islice, pairwise
 from typing import Any, TypeVar, cast
 
@@ -14,7 +13,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int8BinaryLoader
 
-from pipelines.changes.record import CHANGE_ID, PAYLOAD, ChangeRecord
+from pipelines.changes.record import ChangeColumns, ChangeRecord, change_ids, keys, payloads, streams
 from pipelines.delivery.ledger import (
     LONG_TAIL,
     Claim,
@@ -39,7 +38,7 @@ from resources.migrate import check_sequence
 from resources.sql import statements
 
 _LONGEST_TEXT = 2000
-_ROWS_AT_FIRST, _ROWS_AT_ONCE, _BYTES_AT_ONCE = 10, 100, 1_000_000
+_IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 10, 128, 1_000_000
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
 
@@ -142,15 +141,18 @@ class PostgresLedger(Ledger):
         )
 
 
-def _change_records(_: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], ChangeRecord]:
-    """Have psycopg make each row a record: as `ChangeRecord._make`, without a call of Python's for each."""
-    return cast("Callable[[Sequence[Any]], ChangeRecord]", partial(tuple.__new__, ChangeRecord))
-
-
 def _with_instants(cursor: _Cursor) -> _Cursor:
     """Have *cursor*, which must ask for binary results, give times as a `ChangeRecord` has them: as they are sent."""
     cursor.adapters.register_loader("timestamptz", Int8BinaryLoader)
     return cursor
+
+
+def _in_order(changes: ChangeColumns) -> ChangeColumns:
+    """Return *changes* by their ids: as they nearly surely are, but Postgres does not promise it of what it gathers."""
+    ids = change_ids(changes)
+    if ids == sorted(ids):
+        return changes
+    return changes.pick(sorted(range(len(ids)), key=ids.__getitem__))
 
 
 class PostgresTargetLedger(TargetLedger):
@@ -229,31 +231,47 @@ class PostgresTargetLedger(TargetLedger):
         fenced, decided = found
         records, complete = self.read_pending(max_records=max_records, max_bytes=max_bytes)
         if complete and not fenced:
-            self._set_fence(read=_multirange(_ranges(list(map(CHANGE_ID, records)))))
+            self._set_fence(read=_multirange(_ranges(change_ids(records))))
         return PendingWindow(records=records, complete=complete, decided_up_to=decided if complete else None)
 
     def read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
         """Return the oldest pending changes, and whether they are all there are."""
+        try:
+            return self._read_pending(max_records=max_records, max_bytes=max_bytes)
+        except psycopg.errors.ProgramLimitExceeded:
+            # After small ones, very large ones: a gigabyte is more than Postgres sends at once. So one by one.
+            self._usual_bytes = _BYTES_AT_ONCE
+            return self._read_pending(max_records=max_records, max_bytes=max_bytes)
+
+    def _read_pending(self, *, max_records: int, max_bytes: int) -> tuple[Sequence[ChangeRecord], bool]:
         # To stop in the midst takes a connection of its own: so no more is asked for than seems to fit. What comes
         # at once is here before it is weighed.
         usual = self._usual_bytes
         limit = max_records if usual is None else min(max_records, max_bytes // usual + 1)
-        at_once = _ROWS_AT_FIRST if usual is None else max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // usual))
-        records: list[ChangeRecord] = []
+        at_once = _IDS_AT_FIRST if usual is None else max(1, min(_IDS_AT_ONCE, _BYTES_AT_ONCE // usual))
+        found: list[list[Any]] = [[] for _ in ChangeRecord._fields]
         weight = 0
-        cursor = _with_instants(self._connection.cursor(row_factory=_change_records))
-        parameters = {"target": self._target, "max_records": limit}
-        rows = cursor.stream(self._sql["pending"], parameters, binary=True, size=at_once)
-        with closing(cast("Generator[ChangeRecord, None, None]", rows)) as rows:  # what is left of them is not read
-            while weight < max_bytes and (some := list(islice(rows, at_once))):
-                sizes = list(accumulate(map(len, map(PAYLOAD, some)), initial=weight))
+        with closing(self._pending(limit, ids_at_once=at_once)) as parts:  # what is left of them is not read
+            while weight < max_bytes and (changes := next(parts, None)):
+                sizes = list(accumulate(map(len, payloads(changes)), initial=weight))
                 # Up to the one that reaches the bound, and that with it.
-                fit = min(bisect_left(sizes, max_bytes), len(some))
-                records += some[:fit]
+                fit = min(bisect_left(sizes, max_bytes), len(changes))
+                for place, column in enumerate(found):
+                    column += changes.column(place)[:fit]
                 weight = sizes[fit]
+        records = ChangeColumns(found)
         if records:
             self._usual_bytes = max(1, weight // len(records))
         return records, len(records) < limit and weight < max_bytes
+
+    def _pending(self, max_records: int, *, ids_at_once: int) -> Generator[ChangeColumns, None, None]:
+        """Yield the oldest pending changes in order, those of so many ids at a time."""
+        parameters = {"target": self._target, "max_records": max_records, "ids_at_once": ids_at_once}
+        rows = _with_instants(self._connection.cursor()).stream(self._sql["pending"], parameters, binary=True)
+        with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:
+            for ids, of_streams, of_keys, operations, texts, made_at, replays in rows:
+                columns = [ids, of_streams, of_keys, operations.split(","), texts.split(b"\x01"), made_at, replays]
+                yield _in_order(ChangeColumns(columns))
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()
@@ -264,7 +282,7 @@ class PostgresTargetLedger(TargetLedger):
         members, firsts, lasts = _laid_end_to_end(window.claims)
         claimed = _ranges(members)
         settled = _ranges(
-            [*map(CHANGE_ID, window.superseded), *map(CHANGE_ID, window.filtered), *map(_id_of_dead, window.dead)]
+            [*change_ids(window.superseded), *change_ids(window.filtered), *map(_id_of_dead, window.dead)]
         )
         self._refuse_repeats([*claimed, *settled])
         with self._connection.transaction():
@@ -314,7 +332,7 @@ class PostgresTargetLedger(TargetLedger):
         settled = [
             one
             for s in settlements
-            for one in _ranges([*map(CHANGE_ID, s.accepted), *map(CHANGE_ID, s.filtered), *map(_id_of_dead, s.dead)])
+            for one in _ranges([*change_ids(s.accepted), *change_ids(s.filtered), *map(_id_of_dead, s.dead)])
         ]
         self._refuse_repeats(settled)
         batches = _by_batch(settlements)
@@ -323,6 +341,7 @@ class PostgresTargetLedger(TargetLedger):
                 "settle",
                 batch_ids=[s.batch_id for s in batches],
                 set_aside=[s.set_aside for s in batches],
+                decided_each=[len(s.accepted) + len(s.dead) + len(s.filtered) for s in batches],
                 accepted_each=[len(s.accepted) for s in batches],
                 dead_each=[len(s.dead) for s in batches],
                 attempts=[s.attempts for s in batches],
@@ -343,9 +362,9 @@ class PostgresTargetLedger(TargetLedger):
         if accepted:
             self._execute(
                 "supersede",
-                change_ids=[change.change_id for change in accepted],
-                streams=[change.stream for change in accepted],
-                record_keys=[change.key for change in accepted],
+                change_ids=_array(change_ids(accepted)),
+                streams=list(streams(accepted)),
+                record_keys=list(keys(accepted)),
             )
 
     def _refuse_repeats(self, ranges: Sequence[_Range]) -> None:
@@ -387,7 +406,7 @@ def _laid_end_to_end(claims: Sequence[Claim]) -> tuple[list[int], list[int], lis
     firsts: list[int] = []
     for claim in claims:
         firsts.append(len(members) + 1)
-        members += map(CHANGE_ID, claim.changes)
+        members += change_ids(claim.changes)
     lasts = [first - 1 for first in firsts[1:]] + [len(members)] if firsts else []
     return members, firsts, lasts
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from pipelines.changes.record import KEY, ChangeRecord
+from pipelines.changes.record import ChangeRecord, keys, picked
 from pipelines.delivery.outcome import OperationKind
 from pipelines.delivery.routing import Route, RouteOperation
 
@@ -69,15 +69,15 @@ def cut(
 
     What is in flight keeps its lane. The rest goes, in order, to the lane with the least before it.
     """
-    if in_flight and not in_flight.keys().isdisjoint(map(KEY, changes)):
+    if in_flight and not in_flight.keys().isdisjoint(keys(changes)):
         apart, free = _by_lane_in_flight(changes, in_flight, lanes=len(burden))
-        parts = [(lane, [changes[i] for i in places], [fragments[i] for i in places]) for lane, places in apart.items()]
+        parts = [(lane, picked(changes, places), picked(fragments, places)) for lane, places in apart.items()]
         yield from (
             _batch(lane, route, operation, some[piece], theirs[piece], burden)
             for lane, some, theirs in parts
             for piece in _pieces(operation, theirs, max_records)
         )
-        changes, fragments = [changes[i] for i in free], [fragments[i] for i in free]
+        changes, fragments = picked(changes, free), picked(fragments, free)
     for piece in _pieces(operation, fragments, max_records):
         yield _batch(burden.least(), route, operation, changes[piece], fragments[piece], burden)
 
@@ -100,7 +100,7 @@ def _by_lane_in_flight(
     """Return, for each lane, the places in *changes* of those whose key is on it; and the places of all others."""
     apart: dict[int, list[int]] = defaultdict(list)
     free: list[int] = []
-    for place, before in enumerate(map(in_flight.get, map(KEY, changes))):
+    for place, before in enumerate(map(in_flight.get, keys(changes))):
         # Of a leftover, there may have been more lanes once.
         (free if before is None else apart[before.lane % lanes]).append(place)
     return apart, free

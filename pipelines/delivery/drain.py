@@ -11,14 +11,14 @@ unwell, others are sent first, so that a suspect does not stand for it; if it wa
 import gc
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from queue import Empty, SimpleQueue
 from uuid import UUID
 
-from pipelines.changes.record import KEY, PAYLOAD, ChangeRecord
+from pipelines.changes.record import ChangeRecord, keys, payloads, streams
 from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
@@ -177,7 +177,7 @@ class _Work:
     """By which it counts towards the window."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum(map(len, map(PAYLOAD, self.batch.changes))))
+        object.__setattr__(self, "bytes", sum(map(len, payloads(self.batch.changes))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +332,7 @@ class _Loop:
                 return
 
     def _send_part_of_leftovers(self, leftovers: Sequence[Leftover], *, suspects: bool) -> None:
-        blocks = self._blocked(change for left in leftovers for change in left.changes)
+        blocks = self._blocked([change for left in leftovers for change in left.changes])
         plans = [(left, plan_leftover(left, routes=self._routes, blocks=blocks)) for left in leftovers]
         self._gate.judge_rendering(
             rendered=sum(len(batch.changes) for _, plan in plans for batch in plan.batches),
@@ -375,12 +375,12 @@ class _Loop:
         waited = self._clock.monotonic() - self._aside.since
         return waited >= self._longer_and_longer(self._aside.times)
 
-    def _blocked(self, changes: Iterable[ChangeRecord]) -> dict[Key, int]:
+    def _blocked(self, changes: Sequence[ChangeRecord]) -> dict[Key, int]:
         """Return which keys of *changes* have a dead change that blocks them."""
         if not self._blocking:
             return {}
-        keys = {key_of(change) for change in changes if change.stream in self._blocking}
-        return dict(self._ledger.blocked(keys)) if keys else {}
+        asked = {key for key in zip(streams(changes), keys(changes), strict=True) if key[0] in self._blocking}
+        return dict(self._ledger.blocked(asked)) if asked else {}
 
     def _deliver_pending(self) -> None:
         caught_up_at: float | None = None
@@ -487,7 +487,7 @@ class _Loop:
         """
         found: dict[str, dict[str, Batch]] = defaultdict(dict)
         for work in self._outstanding.values():
-            found[work.batch.route.stream].update(zip(map(KEY, work.batch.changes), repeat(work.batch)))
+            found[work.batch.route.stream].update(zip(keys(work.batch.changes), repeat(work.batch)))
         return found
 
     def _max_records_of(self, route: Route, operation: RouteOperation) -> int:

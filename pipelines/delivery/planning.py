@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import merge
+from itertools import count
 from types import MappingProxyType
 from typing import cast
 from uuid import UUID
 
-from pipelines.changes.record import CHANGE_ID, KEY, OPERATION, STREAM, ChangeRecord, Operation
+from pipelines.changes.record import ChangeRecord, Operation, keys, operations, picked, streams
 from pipelines.delivery.batching import Batch, Burden, KeyedBatcher, Lanes, cut
 from pipelines.delivery.holding import Key, key_of
 from pipelines.delivery.idempotency import idempotency_key
@@ -104,12 +105,13 @@ def plan_window(
 
 
 def _by_stream(records: Sequence[ChangeRecord]) -> Iterable[tuple[str, Sequence[ChangeRecord]]]:
-    if len(set(map(STREAM, records))) == 1:
-        return [(records[0].stream, records)]
-    of_stream: dict[str, list[ChangeRecord]] = defaultdict(list)
-    for change in records:
-        of_stream[change.stream].append(change)
-    return of_stream.items()
+    of_all = streams(records)
+    if len(set(of_all)) == 1:
+        return [(of_all[0], records)]
+    places_of: dict[str, list[int]] = defaultdict(list)
+    for place, stream in enumerate(of_all):
+        places_of[stream].append(place)
+    return [(stream, picked(records, places)) for stream, places in places_of.items()]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,19 +132,20 @@ class _Planning:
 
     def batches(self, route: Route, records: Sequence[ChangeRecord]) -> list[Batch]:
         """Return the batches of one stream's *records*, which are in the order of their ids."""
-        if "delete" not in route.operations and "delete" in set(map(OPERATION, records)):
+        if "delete" not in route.operations and "delete" in set(operations(records)):
             # Not wanted, so it overtakes nothing: whether the state before it is sent must not depend on when it came.
-            self.filtered += [change for change in records if change.operation == "delete"]
-            records = [change for change in records if change.operation != "delete"]
-        keys = list(map(KEY, records))
-        latest = dict(zip(keys, records, strict=True))
-        if len(latest) == len(records):
+            self.filtered += picked(records, [i for i, one in enumerate(operations(records)) if one == "delete"])
+            records = picked(records, [i for i, one in enumerate(operations(records)) if one != "delete"])
+        of_all = keys(records)
+        if len(set(of_all)) == len(records):
             return self._of_single(route, records, {})
         if route.mode == "event" or not route.updates:
             return self._of_repeated(route, records)
-        self.superseded += [change for change in records if latest[change.key] is not change]
-        firsts = dict(zip(reversed(keys), map(OPERATION, reversed(records)), strict=True))
-        return self._of_single(route, sorted(latest.values(), key=CHANGE_ID), firsts)
+        latest = dict(zip(of_all, count()))  # the place of each key's last change
+        last = sorted(latest.values())
+        self.superseded += picked(records, sorted(set(range(len(records))).difference(last)))
+        firsts = dict(zip(reversed(of_all), reversed(operations(records)), strict=True))
+        return self._of_single(route, picked(records, last), firsts)
 
     def _of_single(self, route: Route, changes: Sequence[ChangeRecord], firsts: Mapping[str, Operation]) -> list[Batch]:
         """Return the batches of *changes* that have a key each; of a key in *firsts*, that was the first operation."""
@@ -174,8 +177,8 @@ class _Planning:
                 fragments = operation.render_records(changes)
                 if None not in fragments:
                     return changes, cast("Sequence[bytes]", fragments)
-                self.filtered += [change for change, one in zip(changes, fragments, strict=True) if one is None]
-                going = [change for change, one in zip(changes, fragments, strict=True) if one is not None]
+                self.filtered += picked(changes, [place for place, one in enumerate(fragments) if one is None])
+                going = picked(changes, [place for place, one in enumerate(fragments) if one is not None])
                 return going, [one for one in fragments if one is not None]
         rendered = [
             (change, fragment)
@@ -205,14 +208,14 @@ def _by_operation(
     route: Route, changes: Sequence[ChangeRecord], firsts: Mapping[str, Operation]
 ) -> Iterable[tuple[RouteOperation | None, Sequence[ChangeRecord]]]:
     """Return *changes* by what is owed of them: of a key that is not in *firsts* it is the only change."""
-    lasts = set(map(OPERATION, changes))
+    lasts = set(operations(changes))
     if "upsert" in route.operations and ("delete" not in lasts or len(lasts) == 1):  # as it nearly always is
         return [(route.operation_for(last, last), changes) for last in list(lasts)[:1]]
-    found: dict[OperationKind | None, tuple[RouteOperation | None, list[ChangeRecord]]] = {}
-    for change in changes:
-        operation = route.operation_for(firsts.get(change.key, change.operation), change.operation)
-        found.setdefault(None if operation is None else operation.kind, (operation, []))[1].append(change)
-    return found.values()
+    found: dict[OperationKind | None, tuple[RouteOperation | None, list[int]]] = {}
+    for place, (key, last) in enumerate(zip(keys(changes), operations(changes), strict=True)):
+        operation = route.operation_for(firsts.get(key, last), last)
+        found.setdefault(None if operation is None else operation.kind, (operation, []))[1].append(place)
+    return [(operation, picked(changes, places)) for operation, places in found.values()]
 
 
 def _coalesce_lives(

@@ -8,7 +8,7 @@ from math import ceil
 from random import Random
 from typing import Literal
 
-from pipelines.changes.record import INSTANT, STREAM, ChangeRecord, instant_of, time_of
+from pipelines.changes.record import ChangeRecord, instant_of, instants, streams, time_of
 from pipelines.delivery.outcome import DeadRecord
 
 _LAGS_OF_A_BATCH = 4
@@ -97,14 +97,13 @@ class Recorder:
         """Add *changes* to one count of their streams and days."""
         if not changes:
             return
-        instants = list(map(INSTANT, changes))
-        first, last = _day_of(min(instants)), _day_of(max(instants))
-        streams = set(map(STREAM, changes))
-        if first == last and len(streams) == 1:  # as a batch nearly always is
-            self._add(name, streams.pop(), first, len(changes))
+        made_at, of_streams = instants(changes), streams(changes)
+        first, last = _day_of(min(made_at)), _day_of(max(made_at))
+        if first == last and len(set(of_streams)) == 1:  # as a batch nearly always is
+            self._add(name, of_streams[0], first, len(changes))
             return
-        for change in changes:
-            self._add(name, change.stream, _day_of(change.instant), 1)
+        for stream, instant in zip(of_streams, made_at, strict=True):
+            self._add(name, stream, _day_of(instant), 1)
 
     def _add(self, name: str, stream: str, day: date, number: int) -> None:
         tally = self.tallies[(stream, day)]
@@ -113,9 +112,9 @@ class Recorder:
     def lag(self, now: datetime, accepted: Sequence[ChangeRecord]) -> None:
         """Take into account how long some of a batch's changes took: a few stand for all."""
         until = instant_of(now)
-        for change in accepted[:: max(1, len(accepted) // _LAGS_OF_A_BATCH)]:
+        for instant in instants(accepted)[:: max(1, len(accepted) // _LAGS_OF_A_BATCH)]:
             # The clocks of two machines: a change cannot have been delivered before it was made.
-            self.lags.add(max(0.0, (until - change.instant) / 1e6))
+            self.lags.add(max(0.0, (until - instant) / 1e6))
 
     def bury(self, dead: Sequence[DeadRecord]) -> None:
         """Add dead letters, by their reasons."""

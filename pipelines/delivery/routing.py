@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from pipelines.changes.record import PAYLOAD, ChangeRecord, Operation, original_id
+from pipelines.changes.record import ChangeRecord, Operation, keys, original_id, payloads
 from pipelines.delivery.config import (
     Format,
     Mode,
@@ -189,6 +189,8 @@ class RouteOperation:
 
     def render_records(self, changes: Sequence[ChangeRecord]) -> Sequence[bytes | None]:
         """Return what `render_record` returns of each; raises RecordUnrenderable if one of them cannot be."""
+        if self.render_record is _payload:
+            return payloads(changes)
         return list(map(self.render_record, changes))
 
     def request(self, changes: Sequence[ChangeRecord], fragments: Sequence[bytes]) -> HttpRequest:
@@ -208,9 +210,9 @@ class RouteOperation:
             compressed=self._compress,
         )
 
-    def identities(self, changes: Sequence[ChangeRecord]) -> list[str]:
+    def identities(self, changes: Sequence[ChangeRecord]) -> Sequence[str]:
         """Return what the items of an answer call *changes* by: their keys."""
-        return [change.key for change in changes]
+        return keys(changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,12 +373,16 @@ def _render_record(source: RecordSource, record_format: Format, transform: Trans
         case "template":
             render = compile_record(source.value, record_format).render
         case "row":
-            render = compile_form(None).render if record_format == "form" else PAYLOAD
+            render = compile_form(None).render if record_format == "form" else _payload
     return _on_one_line(render) if record_format == "ndjson" else render
 
 
 def _nothing(_: ChangeRecord) -> bytes:
     return b""
+
+
+def _payload(change: ChangeRecord) -> bytes:
+    return change.payload
 
 
 def _key(change: ChangeRecord) -> bytes:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import tenacity
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, picked
 from pipelines.delivery.batching import Batch
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Permit, TargetGate
@@ -86,8 +86,8 @@ class _Part:
     def pick(self, positions: Sequence[int]) -> "_Part":
         return replace(
             self,
-            changes=[self.changes[i] for i in positions],
-            fragments=[self.fragments[i] for i in positions],
+            changes=picked(self.changes, positions),
+            fragments=picked(self.fragments, positions),
             key=None,
         )
 
@@ -98,7 +98,7 @@ class _Tally:
 
     batch_id: int
     supersedes: bool
-    accepted: list[ChangeRecord] = field(default_factory=list)
+    accepted: Sequence[ChangeRecord] = ()
     dead: list[DeadRecord] = field(default_factory=list)
     filtered: list[ChangeRecord] = field(default_factory=list)
     attempts: int = 0
@@ -126,7 +126,7 @@ class _Tally:
             error=self.error,
         )
         self.batch_id = self.batch_id if then is None else then
-        self.accepted, self.dead, self.filtered = [], [], []
+        self.accepted, self.dead, self.filtered = (), [], []
         self.attempts, self.status, self.seconds, self.error, self.suspect = 0, None, None, None, False
         return known
 
@@ -266,7 +266,7 @@ class Sender:
                     tally,
                     route,
                     part.operation,
-                    accepted=[part.changes[i] for i in verdict.accepted],
+                    accepted=picked(part.changes, verdict.accepted),
                     rejected=[(part.changes[i], refusal) for i, refusal in verdict.rejected.items()],
                 )
                 return self._go_on(part, verdict, batch, tally)
@@ -323,7 +323,8 @@ class Sender:
         accepted: Sequence[ChangeRecord] = (),
         rejected: Sequence[tuple[ChangeRecord, Rejected]] = (),
     ) -> None:
-        tally.accepted.extend(accepted)
+        # Nearly always all of a batch at once: so it stays as it is.
+        tally.accepted = [*tally.accepted, *accepted] if tally.accepted else accepted
         for change, refusal in rejected:
             tally.error = refusal.reason
             if route.on_dead == "block":

@@ -1,5 +1,6 @@
 """What is true of the ledger because it is in Postgres: connections, snapshots, plans. The rest is the contract's."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
+from pipelines.changes.record import ChangeColumns
 from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, LedgerFailed, Settlement, TargetLedger, Window
 from pipelines.delivery.outcome import DeadRecord
 from pipelines_tests.contracts.ledgers import (
@@ -24,7 +27,7 @@ from pipelines_tests.contracts.ledgers import (
     left_over,
     read,
 )
-from resources.postgres_ledger import PostgresTargetLedger
+from resources.postgres_ledger import PostgresTargetLedger, _in_order
 from resources.sql import statements
 
 
@@ -422,7 +425,7 @@ def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, 
             connection.execute("analyze distributary.change_log")
         connection.execute(statements("ledger")["read_by_index"])
 
-        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000)
+        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000, ids_at_once=128)
 
     assert found == {"Index Scan"}
     with subject.open("crm") as crm:
@@ -489,6 +492,49 @@ def test_a_preview_that_is_bounded_by_bytes_still_says_what_is_blocked(subject: 
     assert ids(seen.pending) == list(range(1, len(seen.pending) + 1))
     assert seen.more
     assert seen.blocked == {}
+
+
+def test_what_is_too_large_to_be_sent_together_is_read_one_by_one(
+    subject: PostgresSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Postgres answers where several texts make more than a gigabyte: sixty of 20 MB after small ones do."""
+    fill(subject, rows=30)
+    as_it_is = PostgresTargetLedger._pending
+
+    def refused(self: PostgresTargetLedger, max_records: int, *, ids_at_once: int) -> Iterator[ChangeColumns]:
+        if ids_at_once > 1:
+            raise psycopg.errors.ProgramLimitExceeded("string buffer exceeds maximum allowed length")
+        return as_it_is(self, max_records, ids_at_once=ids_at_once)
+
+    monkeypatch.setattr(PostgresTargetLedger, "_pending", refused)
+
+    with subject.open("crm") as crm:
+        assert ids(crm.pending(max_records=20, max_bytes=32_000_000).records) == list(range(1, 21))
+
+
+def test_what_postgres_gathers_out_of_order_is_put_in_order() -> None:
+    """It does not promise the order of what it gathers; a part that is cut at its bytes must end with the newest."""
+    gathered = ChangeColumns([[3, 1, 2], ["s"] * 3, ["c", "a", "b"], ["insert"] * 3, [b"{}"] * 3, [0] * 3, [None] * 3])
+
+    assert [(one.change_id, one.key) for one in _in_order(gathered)] == [(1, "a"), (2, "b"), (3, "c")]
+
+
+def test_whatever_a_payload_and_a_key_hold_is_read_as_it_is(subject: PostgresSubject) -> None:
+    """Separators of the columns among it: a control character in JSON is escaped, in a key it is not."""
+    subject.ledger.register({"crm": "beginning"})
+    notes = ["", "\x01", "a,b", "\\x01", "\u2028é\U0001f600", "\n\r\t\x1f\x7f", '"', "\\"]
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        for note in notes:
+            connection.execute(
+                "insert into distributary.change_log (stream, key, operation, payload) values (%s, %s, 'insert', %s)",
+                [f"s{note}", f"k{note}", Jsonb({"note": note})],
+            )
+
+    with subject.open("crm") as crm:
+        found = crm.pending(max_records=100, max_bytes=1_000_000).records
+
+    assert [(one.stream, one.key) for one in found] == [(f"s{note}", f"k{note}") for note in notes]
+    assert [json.loads(one.payload)["note"] for one in found] == notes
 
 
 def test_what_is_owed_is_found_through_the_index(subject: PostgresSubject) -> None:
