@@ -121,7 +121,7 @@ where target = %(target)s
 
 -- name: pending
 -- In the order of the ids, column by column, the changes of a few ids at a time: whoever has enough bytes can stop, and
--- nobody takes a row apart. No JSON text holds a control character (RFC 8259 7), and a long text is sent in less time
+-- nobody takes a row apart. No JSON text holds a control character (RFC 8259 §7), and a long text is sent in less time
 -- than an array of short ones. The holes below what is settled or claimed are few, and are sorted; the log behind all that
 -- is read as it lies.
 select array_agg(p.change_id), array_agg(p.stream), array_agg(p.key), string_agg(p.operation, ','),
