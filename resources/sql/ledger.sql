@@ -43,8 +43,9 @@ select pg_advisory_unlock(1684632436, target_id) from distributary.target_state 
 
 -- name: read_by_index
 -- For this session. Without statistics (a new log, a first load) the planner sorts all of the log for each window; and
--- where it takes such a plan it also compiles it, which takes longer than running it. A window of usual records is to be
--- sorted in memory: in order already, that is next to nothing, and by way of the disk most of what reading it takes.
+-- where it takes such a plan it also compiles it, which takes longer than running it. By hash, no part of a window would
+-- come before all of it is gathered. A window of usual records is to be sorted in memory: in order already, that is next
+-- to nothing, and by way of the disk most of what reading it takes.
 select set_config(name, 'off', false)
 from unnest(array['enable_seqscan', 'enable_bitmapscan', 'enable_hashagg', 'jit']) as name
 union all
@@ -121,9 +122,9 @@ where target = %(target)s
 
 -- name: pending
 -- In the order of the ids, column by column, the changes of a few ids at a time: whoever has enough bytes can stop, and
--- nobody takes a row apart. No JSON text holds a control character (RFC 8259 §7), and a long text is sent in less time
--- than an array of short ones. The holes below what is settled or claimed are few, and are sorted; the log behind all that
--- is read as it lies.
+-- nobody takes a row apart. No JSON text holds U+0001 (RFC 8259: no blank by §2, escaped by §7), and a long text is sent
+-- in less time than an array of short ones. The holes below what is settled or claimed are few, and are sorted; the log
+-- behind all that is read as it lies.
 select array_agg(p.change_id), array_agg(p.stream), array_agg(p.key), string_agg(p.operation, ','),
        convert_to(string_agg(p.payload::text, E'\x01'), 'UTF8'), array_agg(p.changed_at), array_agg(p.replays)
 from (
