@@ -19,7 +19,8 @@ from pipelines.delivery.config import (
 )
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
-from resources.http_direct import DirectConnection, Reply
+from resources.http_answer import Reply
+from resources.http_direct import DirectConnection
 from resources.http_wire import Wire, headers_as_sent, open_client, read_body
 from resources.oauth import Token, TokenEndpoint, TokenSource
 from resources.redaction import redact, redact_text, spellings
