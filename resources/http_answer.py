@@ -3,14 +3,18 @@
 The framing is llhttp's, which Node.js reads answers with (`httptools`). A body that is encoded is httpx's to decode.
 """
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import httpcore
 import httptools
 import httpx
 
+from pipelines.delivery.target import Answer
 from resources.http_wire import read_body
+from resources.redaction import redact
 
 AT_ONCE = 65_536
 """Bytes that should be read at once."""
@@ -25,6 +29,45 @@ class Reply:
     headers: list[tuple[bytes, bytes]]
     body: bytes
     truncated: bool
+
+
+def answer_of(reply: Reply, secrets: tuple[bytes, ...], started: float) -> Answer:
+    """Return *reply* to a request of *started*, in monotonic seconds, without *secrets*."""
+    return Answer(
+        status=reply.status,
+        headers=_Headers(reply.headers, secrets),
+        body=redact(reply.body, secrets),
+        truncated=reply.truncated,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Headers(Mapping[str, str]):
+    """Headers by their names in lower case; what comes more than once is one, with commas. Few are ever looked at."""
+
+    def __init__(self, raw: Sequence[tuple[bytes, bytes]], secrets: tuple[bytes, ...]) -> None:
+        self._raw, self._secrets = raw, secrets
+
+    @cached_property
+    def _readable(self) -> Mapping[str, str]:
+        found: dict[str, str] = {}
+        for raw_name, raw_value in self._raw:
+            name = raw_name.decode("latin-1").lower()
+            value = redact(raw_value, self._secrets).decode("utf-8", "replace")
+            found[name] = f"{found[name]}, {value}" if name in found else value
+        return found
+
+    def __getitem__(self, name: str) -> str:
+        return self._readable[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readable)
+
+    def __len__(self) -> int:
+        return len(self._readable)
+
+    def __repr__(self) -> str:
+        return repr(self._readable)
 
 
 class Reading:

@@ -7,6 +7,8 @@ proxy of the environment, or a transport that a test gives it) it still does. Fo
 """
 
 import re
+import socket
+import ssl
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
@@ -20,6 +22,8 @@ from resources.http_wire import Wire, ssl_context
 
 _LONGEST_URL = 65_536  # httpx's own limit
 _KEPT_IDLE = 5.0  # seconds; httpx's own default
+NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+"""What a socket that does not wait says if it would have to."""
 _WITHOUT_LENGTH = frozenset({"DELETE", "GET", "HEAD", "OPTIONS"})
 _FIELD_VALUE = re.compile(rb"[\x21-\xff](?:[\x20-\xff\t]*[\x21-\xff])?|")
 
@@ -61,21 +65,11 @@ class DirectConnection:
         *headers* are the same for many requests, and take the place of those that go with all. Of the answer's body no
         more than *limit* bytes are kept.
         """
-        if self._base_length + len(path) > _LONGEST_URL:
-            raise httpx.InvalidURL("URL too long")
-        request = b"%b %b%b HTTP/1.1\r\n%bIdempotency-Key: %b\r\n" % (
-            method.encode("ascii"),
-            self._base,
-            path.encode("ascii"),
-            self._head(headers),
-            key.encode("ascii"),
-        )
-        if body is not None or method not in _WITHOUT_LENGTH:
-            request += b"Content-Length: %d\r\n" % len(body or b"")
+        request = self.bytes_of(method, path, body=body, headers=headers, key=key)
         try:
             stream = self._connected()
             with suppress(httpcore.WriteError):  # it may have answered before it had read it all, and closed its ear
-                stream.write(b"%b\r\n%b" % (request, body or b""))
+                stream.write(request)
             reply, reusable = _read(stream, limit)
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             self.close()
@@ -83,11 +77,49 @@ class DirectConnection:
         except BaseException:
             self.close()
             raise
+        self.ended(reusable=reusable)
+        return reply
+
+    def bytes_of(self, method: str, path: str, *, body: bytes | None, headers: Mapping[str, str], key: str) -> bytes:
+        """Return a request as it is sent; raises httpx.InvalidURL and httpx.LocalProtocolError."""
+        if self._base_length + len(path) > _LONGEST_URL:
+            raise httpx.InvalidURL("URL too long")
+        head = b"%b %b%b HTTP/1.1\r\n%bIdempotency-Key: %b\r\n" % (
+            method.encode("ascii"),
+            self._base,
+            path.encode("ascii"),
+            self._head(headers),
+            key.encode("ascii"),
+        )
+        if body is None:
+            return head + (b"\r\n" if method in _WITHOUT_LENGTH else b"Content-Length: 0\r\n\r\n")
+        return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+
+    def kept_socket(self) -> socket.socket | None:
+        """Return the kept connection's socket, for who sends and reads by itself and then says that it `ended`.
+
+        None if there is no connection that may be used again. The socket does not wait.
+        """
+        if self._stream is None or time.monotonic() - self._idle_since > _KEPT_IDLE:
+            return None
+        found: socket.socket = self._stream.get_extra_info("socket")
+        if found.gettimeout() != 0.0:
+            found.setblocking(False)
+        try:
+            found.recv(1)
+        except NOT_YET:
+            return found
+        except OSError:
+            pass
+        self.close()  # it was closed, or something came that nobody asked for
+        return None
+
+    def ended(self, *, reusable: bool) -> None:
+        """Note that an answer was read, and keep the connection if it is *reusable*."""
         if reusable:
             self._idle_since = time.monotonic()
         else:
             self.close()
-        return reply
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""

@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlencode
 from uuid import UUID
@@ -18,12 +18,13 @@ from pipelines.delivery.config import (
     TargetConfig,
 )
 from pipelines.delivery.routing import HttpRequest
-from pipelines.delivery.target import Answer, NoAnswer, TargetClient
-from resources.http_answer import Reply
+from pipelines.delivery.target import Answer, Multiplexer, NoAnswer
+from resources.http_answer import Reply, answer_of
 from resources.http_direct import DirectConnection
+from resources.http_multiplexer import Flight, FlyingClient, HttpMultiplexer
 from resources.http_wire import Wire, headers_as_sent, open_client, read_body
 from resources.oauth import Token, TokenEndpoint, TokenSource
-from resources.redaction import redact, redact_text, spellings
+from resources.redaction import redact_text, spellings
 
 # How targets say that a token has ended; 419, 440 and 498 are unofficial.
 _TOKEN_REFUSED = frozenset({401, 403, 419, 440, 498})
@@ -116,7 +117,7 @@ def _meanings_of_their_own(config: TargetConfig) -> frozenset[int]:
     return frozenset(sent_again | set(config.success_on) | set(config.drop_on))
 
 
-class HttpTargetClient(TargetClient):
+class HttpTargetClient(FlyingClient):
     """One lane's connection to a target. Redirects are never followed; bodies are read up to a limit."""
 
     def __init__(self, endpoint: Endpoint, *, transport: httpx.BaseTransport | None = None) -> None:
@@ -128,6 +129,8 @@ class HttpTargetClient(TargetClient):
             timeout_seconds=endpoint.timeout_seconds,
             transport=transport,
         )
+        self._sent_before = False
+        """The next request is one that went out before, on a connection that broke without a word."""
         self._direct: DirectConnection | None = None
         if transport is None:
             self._direct = DirectConnection.for_client(self._client, endpoint.base_url, wire=self._wire)
@@ -149,6 +152,39 @@ class HttpTargetClient(TargetClient):
             token.accepted = True
         return answer
 
+    def multiplexer(self) -> Multiplexer:
+        return HttpMultiplexer()
+
+    def depart(self, request: HttpRequest, *, key: UUID) -> Flight | None:
+        """Send *request* on the kept connection, if there is one and no token has to be asked for."""
+        if self._direct is None or self._endpoint.tokens is not None or self._sent_before:
+            return None
+        try:
+            data = self._direct.bytes_of(
+                request.method,
+                self._path_of(request),
+                body=request.body,
+                headers=_headers_of(request, None),
+                key=str(key),
+            )
+        except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeError):
+            return None  # `send` puts it into words
+        kept = self._direct.kept_socket()
+        if kept is None:
+            return None
+        return Flight(
+            self._direct,
+            kept,
+            data,
+            secrets=self._endpoint.secrets,
+            timeout_seconds=self._endpoint.timeout_seconds,
+            limit=self._endpoint.max_response_bytes,
+            unheard=self._note_sent_before,
+        )
+
+    def _note_sent_before(self) -> None:
+        self._sent_before = True
+
     def _refuses_token(self, answer: Answer | NoAnswer) -> bool:
         return isinstance(answer, Answer) and answer.status in self._endpoint.renew_on
 
@@ -157,29 +193,13 @@ class HttpTargetClient(TargetClient):
         started = time.monotonic()
         give_up_at = started + self._endpoint.timeout_seconds
         secrets = self._endpoint.secrets if token is None else self._endpoint.secrets + token.secrets
-        headers = {}
-        if request.content_type is not None:
-            headers["Content-Type"] = request.content_type
-        if request.compressed:
-            headers["Content-Encoding"] = "gzip"
-        if token is not None:
-            headers["Authorization"] = f"Bearer {token.value}"
-        path = request.path
-        if self._endpoint.query:
-            # Not as httpx's `params`: those take the place of the path's own query.
-            path += ("&" if "?" in path else "?") + self._endpoint.query
-        sent_before = False
+        headers, path = _headers_of(request, token), self._path_of(request)
+        sent_before, self._sent_before = self._sent_before, False
         while True:
             self._wire.begin(give_up_at=give_up_at)
             try:
                 reply = self._send_once(request, path, headers, str(key))
-                return Answer(
-                    status=reply.status,
-                    headers=_readable(reply.headers, secrets),
-                    body=redact(reply.body, secrets),
-                    truncated=reply.truncated,
-                    seconds=time.monotonic() - started,
-                )
+                return answer_of(reply, secrets, started)
             except httpx.InvalidURL as error:
                 # The base URL was checked when it was loaded, so it is the record's key that makes this one too long.
                 return Answer(status=414, body=f"not sent: {error}".encode())
@@ -191,6 +211,13 @@ class HttpTargetClient(TargetClient):
                     sent_before = True
                     continue
                 return self._no_answer(error, secrets, started, sent_before=sent_before)
+
+    def _path_of(self, request: HttpRequest) -> str:
+        query = self._endpoint.query
+        if not query:
+            return request.path
+        # Not as httpx's `params`: those take the place of the path's own query.
+        return f"{request.path}{'&' if '?' in request.path else '?'}{query}"
 
     def _send_once(self, request: HttpRequest, path: str, headers: dict[str, str], key: str) -> Reply:
         method, body, limit = request.method, request.body, self._endpoint.max_response_bytes
@@ -223,10 +250,12 @@ class HttpTargetClient(TargetClient):
         self._client.close()
 
 
-def _readable(headers: Sequence[tuple[bytes, bytes]], secrets: tuple[bytes, ...]) -> dict[str, str]:
-    """Return *headers* by their names in lower case, without secrets; what comes more than once is one, with commas."""
-    found: dict[str, str] = {}
-    for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), redact(raw_value, secrets).decode("utf-8", "replace")
-        found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
+def _headers_of(request: HttpRequest, token: Token | None) -> dict[str, str]:
+    headers = {}
+    if request.content_type is not None:
+        headers["Content-Type"] = request.content_type
+    if request.compressed:
+        headers["Content-Encoding"] = "gzip"
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token.value}"
+    return headers

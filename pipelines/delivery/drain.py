@@ -1,8 +1,8 @@
 """One target's delivery loop: claim a window, send it on all lanes, settle what came back, and again.
 
-The loop's own thread is the only one that touches the ledger; each lane is a thread with a client of its own. The
-window slides: new batches are claimed while earlier ones are still out, so no lane waits for the slowest. A key that is
-in flight has one lane; as soon as it is not, its next change may take another.
+The loop's own thread is the only one that touches the ledger; the lanes, each with a client of its own, have theirs
+(`pipelines/delivery/lanes.py`). The window slides: new batches are claimed while earlier ones are still out, so no lane
+waits for the slowest. A key that is in flight has one lane; as soon as it is not, its next change may take another.
 
 A batch that was set aside before is a *suspect*: it, and not the target, may be what is wrong. If the target was left
 unwell, others are sent first, so that a suspect does not stand for it; if it was left well, a suspect is tried once.
@@ -16,15 +16,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from queue import Empty, SimpleQueue
-from uuid import UUID
+from typing import cast
 
-from pipelines.changes.record import ChangeRecord, keys, payloads, streams
+from pipelines.changes.record import ChangeRecord, keys, streams
 from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.gate import Halt, TargetGate
 from pipelines.delivery.holding import Key, KeyHolds, key_of
 from pipelines.delivery.judging import JudgingRules
+from pipelines.delivery.lanes import LanePool, Told, Work
 from pipelines.delivery.ledger import Claim, Leftover, Settlement, TargetLedger, TargetState
 from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.planning import LeftoverPlan, claim_of, plan_leftover, plan_window
@@ -162,74 +163,12 @@ def _bucket(limit: RateLimit | None, now: float) -> TokenBucket | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """A claimed batch on its way to a lane."""
-
-    batch_id: int
-    batch: Batch
-    key: UUID
-    """Under which it goes out."""
-    set_aside: int = 0
-    """Runs that set it aside before."""
-    claimed_as: int = 0
-    """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
-    bytes: int = field(init=False)
-    """By which it counts towards the window."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum(map(len, payloads(self.batch.changes))))
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What a lane knows: of a batch that is done, or of a part of one that is still out."""
-
-    settlement: Settlement
-    done: tuple[_Work, Sent] | None = None
-    written: SimpleQueue[None] = field(default_factory=SimpleQueue)
-    """Given something once the settlement is in the ledger."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Split:
     """A lane's request to write a batch down as several; it waits for the answer."""
 
     batch_id: int
     parts: Sequence[Claim]
     answer: SimpleQueue[Sequence[int]] = field(default_factory=SimpleQueue)
-
-
-class _Lane(threading.Thread):
-    """Sends one lane's batches one after another."""
-
-    def __init__(
-        self,
-        number: int,
-        sender: Callable[[], tuple[Sender, TargetClient]],
-        tell: Callable[[_Told], None],
-        broke: Callable[[BaseException], None],
-    ) -> None:
-        super().__init__(name=f"lane-{number}", daemon=True)
-        self.work: SimpleQueue[_Work | None] = SimpleQueue()
-        self._make, self._tell, self._broke = sender, tell, broke
-
-    def run(self) -> None:
-        try:
-            sender, client = self._make()
-            try:
-                while (work := self.work.get()) is not None:
-                    sent = sender.send(
-                        work.batch_id,
-                        work.batch,
-                        key=work.key,
-                        suspect=work.set_aside > 0,
-                        claimed_as=work.claimed_as or work.batch_id,
-                    )
-                    self._tell(_Told(sent.settlement, done=(work, sent)))
-            finally:
-                client.close()
-        except BaseException as error:  # handed to the loop, which raises it
-            self._broke(error)
 
 
 class _Loop:
@@ -273,12 +212,12 @@ class _Loop:
             one_probe=self._unwell,
         )
         self._results: SimpleQueue[object] = SimpleQueue()
-        self._lanes: list[_Lane] = []
+        self._lanes: LanePool | None = None
         self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
-        self._done: list[_Work] = []  # held until what became of them is written
-        self._outstanding: dict[int, _Work] = {}  # by batch id, in the order in which they were handed out
+        self._done: list[Work] = []  # held until what became of them is written
+        self._outstanding: dict[int, Work] = {}  # by batch id, in the order in which they were handed out
         self._held_records = 0
         self._held_bytes = 0
         self._more, self._read_at, self._read_nothing = True, now, False
@@ -478,7 +417,7 @@ class _Loop:
         self._recorder.bury(plan.window.dead)
         self._last_batch = max(batch_ids, default=self._last_batch)
         for batch_id, batch, claim in zip(batch_ids, plan.batches, plan.window.claims, strict=True):
-            self._dispatch(_Work(batch_id, batch, claim.idempotency_key))
+            self._dispatch(Work(batch_id, batch, claim.idempotency_key))
 
     def _in_flight(self) -> Mapping[str, Mapping[str, Batch]]:
         """Return, for each stream and each key of it that is in flight, the last batch with it.
@@ -494,20 +433,21 @@ class _Loop:
         learned = self._learned.get((route.stream, operation.kind))
         return operation.max_records if learned is None else min(operation.max_records, learned)
 
-    def _dispatch(self, work: _Work) -> None:
-        if not self._lanes:
-            self._lanes = [
-                _Lane(number, self._sender, self._tell, self._results.put)
-                for number in range(self._policy.max_in_flight)
-            ]
-            for lane in self._lanes:
-                lane.start()
+    def _dispatch(self, work: Work) -> None:
+        if self._lanes is None:
+            self._lanes = LanePool(
+                self._policy.max_in_flight,
+                sender=self._sender,
+                tell=self._tell,
+                tell_all=self._results.put,
+                broke=self._results.put,
+                clock=self._clock,
+            )
         self._outstanding[work.batch_id] = work
         self._held_records += len(work.batch.changes)
         self._held_bytes += work.bytes
-        number = work.batch.lane % len(self._lanes)
-        self._records_of_lane[number] += len(work.batch.changes)
-        self._lanes[number].work.put(work)
+        self._records_of_lane[work.batch.lane % self._policy.max_in_flight] += len(work.batch.changes)
+        self._lanes.put(work)
 
     def _dispatch_leftover(self, left: Leftover, plan: LeftoverPlan) -> None:
         if plan.dead or plan.filtered:
@@ -520,7 +460,7 @@ class _Loop:
             # Some of it is settled, or the mapping is another: what is sent is written down first, here too.
             batch_ids = self._ledger.split(left.batch_id, claims)
         for batch_id, batch, claim in zip(batch_ids, plan.batches, claims, strict=True):
-            self._dispatch(_Work(batch_id, batch, claim.idempotency_key, left.set_aside, left.batch_id))
+            self._dispatch(Work(batch_id, batch, claim.idempotency_key, left.set_aside, left.batch_id))
 
     def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
         """Have the loop's thread write a batch down as *parts*: for the lanes, which wait."""
@@ -531,7 +471,7 @@ class _Loop:
                 return request.answer.get(timeout=_LONGEST_DEAF)
         raise DrainEnded
 
-    def _tell(self, told: _Told) -> None:
+    def _tell(self, told: Told) -> None:
         """Have the loop's thread write down what a lane knows; the lane waits if something was refused.
 
         Were the next change of that key sent before, and the refusal lost with the drain, then the refused change would
@@ -561,7 +501,7 @@ class _Loop:
         if idle:
             self._keep_lock()
         broken: BaseException | None = None
-        awaited: list[_Told] = []
+        awaited: list[Told] = []
         while self._arrived:
             result = self._arrived.popleft()
             if isinstance(result, BaseException):
@@ -570,12 +510,12 @@ class _Loop:
                 self._write_unwritten()  # first, what is known of the whole
                 result.answer.put(self._ledger.split(result.batch_id, result.parts))
             else:
-                assert isinstance(result, _Told)
-                if result.done is not None:
-                    self._take_in(*result.done)
-                self._unwritten.append(result.settlement)
-                if result.settlement.dead:
-                    awaited.append(result)
+                for told in [result] if isinstance(result, Told) else cast("Sequence[Told]", result):
+                    if told.done is not None:
+                        self._take_in(*told.done)
+                    self._unwritten.append(told.settlement)
+                    if told.settlement.dead:
+                        awaited.append(told)
         if not (idle or awaited or broken or self._is_time_to_commit()):
             return
         wrote = self._write_unwritten()
@@ -611,11 +551,11 @@ class _Loop:
         self._done = []
         return True
 
-    def _take_in(self, work: _Work, sent: Sent) -> None:
+    def _take_in(self, work: Work, sent: Sent) -> None:
         batch = work.batch
         del self._outstanding[work.batch_id]
         self._done.append(work)
-        self._records_of_lane[batch.lane % len(self._lanes)] -= len(batch.changes)
+        self._records_of_lane[batch.lane % self._policy.max_in_flight] -= len(batch.changes)
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:
@@ -648,17 +588,15 @@ class _Loop:
             rules=self._policy.rules,
             retry=self._policy.retry,
             clock=self._clock,
-            report=lambda settlement: self._tell(_Told(settlement)),
+            report=lambda settlement: self._tell(Told(settlement)),
             split=self._split,
             holds=self._holds,
         )
         return sender, client
 
     def _close_lanes(self) -> None:
-        for lane in self._lanes:
-            lane.work.put(None)
-        for lane in self._lanes:
-            lane.join()
+        if self._lanes is not None:
+            self._lanes.close()
 
     def _conclude(self) -> DrainReport:
         halt = self._gate.halt

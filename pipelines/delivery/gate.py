@@ -35,6 +35,10 @@ class Permit:
     probe: bool
 
 
+FREELY = Permit(probe=False)
+"""Leave to send while nothing speaks against it: not a probe, so nobody waits for its answer."""
+
+
 @dataclass(slots=True)
 class _Fates:
     """How the last records went, answer by answer."""
@@ -126,6 +130,12 @@ class TargetGate:
                     wait = give_up_at - now + 0.001
                 self._clock.wait(self._changed, wait)
             return None
+
+    def enter_at_once(self) -> Permit | None:
+        """Return leave to send one request, if requests flow freely; None if `enter` is to be asked, and might wait."""
+        with self._changed:
+            free = self._breaker.closed and not self._one_probe and self._bucket is None and self._hold_until is None
+            return FREELY if free and self._halt is None else None
 
     def _seconds_to_wait(self, now: float) -> Permit | float | None:
         if self._hold_until is not None:

@@ -19,7 +19,7 @@ import tenacity
 from pipelines.changes.record import ChangeRecord, picked
 from pipelines.delivery.batching import Batch
 from pipelines.delivery.clock import Clock
-from pipelines.delivery.gate import Permit, TargetGate
+from pipelines.delivery.gate import FREELY, Permit, TargetGate
 from pipelines.delivery.holding import KeyHolds
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.judging import JudgingRules, judge
@@ -39,8 +39,8 @@ from pipelines.delivery.outcome import (
 )
 from pipelines.delivery.planning import claim_of
 from pipelines.delivery.retrying import backoff
-from pipelines.delivery.routing import Route, RouteOperation
-from pipelines.delivery.target import Answer, TargetClient
+from pipelines.delivery.routing import HttpRequest, Route, RouteOperation
+from pipelines.delivery.target import Answer, NoAnswer, TargetClient
 from pipelines.delivery.template import RecordUnrenderable
 
 
@@ -82,6 +82,8 @@ class _Part:
     fallen_back: bool = False
     fault: TargetFault | None = None
     """Why these records, sent with others before, are still undecided: so they wait like any retry."""
+    first: Answer | NoAnswer | None = None
+    """What the first attempt came to, if that was made already."""
 
     def pick(self, positions: Sequence[int]) -> "_Part":
         return replace(
@@ -171,22 +173,62 @@ class Sender:
         self._split = split
         self._holds = KeyHolds() if holds is None else holds
 
+    def begin(self, batch: Batch) -> HttpRequest | None:
+        """Return the request of *batch*, which may be sent now; None if it might have to wait, or something before it.
+
+        What is answered goes to `end`; what was not sent after all, to `send`.
+        """
+        if not self._holds.empty or self._gate.enter_at_once() is None:
+            return None
+        return batch.operation.request(batch.changes, batch.fragments)
+
+    def end(self, batch_id: int, batch: Batch, answer: Answer | NoAnswer) -> Sent | None:
+        """Return what *batch* came to by its first *answer*; None if that does not settle it, and `send` goes on."""
+        if isinstance(answer, NoAnswer):
+            return None
+        changes = batch.changes
+        verdict = judge(answer, operation=batch.operation, changes=changes, rules=self._rules, now=self._clock.now())
+        if isinstance(verdict, Items):
+            if len(verdict.accepted) != len(changes):
+                return None
+        elif not isinstance(verdict, Accepted):
+            return None
+        self._gate.succeeded()
+        self._gate.judge_records(accepted=len(changes), dead=0, of=(batch.route.stream, batch.operation.kind))
+        settlement = Settlement(
+            batch_id=batch_id,
+            accepted=changes,
+            supersedes=batch.route.on_dead == "supersede",
+            attempts=1,
+            status=answer.status,
+            seconds=answer.seconds,
+        )
+        return Sent(settlement=settlement, latencies=[answer.seconds], retries=0)
+
     def send(
-        self, batch_id: int, batch: Batch, *, key: UUID, suspect: bool = False, claimed_as: int | None = None
+        self,
+        batch_id: int,
+        batch: Batch,
+        *,
+        key: UUID,
+        suspect: bool = False,
+        claimed_as: int | None = None,
+        first: Answer | NoAnswer | None = None,
     ) -> Sent:
         """Deliver *batch* under its *key*, in order, as far as the target and the run allow.
 
         Of a batch that needs several requests, what is known is reported before the next is sent. A *suspect* was set
-        aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is.
+        aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is. *first*
+        is what the first attempt came to, if that was made.
         """
         tally = _Tally(batch_id, supersedes=batch.route.on_dead == "supersede")
-        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments, key)])
+        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments, key, first=first)])
         with suppress(_GaveUp, DrainEnded):
             while todo:
                 part = todo.popleft()
                 if part.batch_id != tally.batch_id or tally.accepted or tally.dead or tally.filtered:
                     self._report(tally.hand_over(then=part.batch_id))
-                if not self._holds.empty:
+                if part.first is None and not self._holds.empty:
                     waiting, part = self._set_waiting_keys_apart(part, batch, claimed_as or batch_id, tally)
                     tally.set_aside += waiting
                 if part.changes:
@@ -237,11 +279,11 @@ class Sender:
     def _deliver(self, part: _Part, batch: Batch, tally: _Tally, *, suspect: bool) -> list[_Part]:
         """Send *part* and note what became of it; return what is to be sent in its place."""
         route = batch.route
-        fault = part.fault
-        if fault is not None:
-            part = replace(part, fault=None)
+        fault, first = part.fault, part.first
+        if fault is not None or first is not None:
+            part = replace(part, fault=None, first=None)
         try:
-            verdict = self._until_decided(part, fault, tally, suspect=suspect)
+            verdict = self._until_decided(part, fault, first, tally, suspect=suspect)
         except _SetAside:
             self._holds.hold(part.changes)
             tally.set_aside += len(part.changes)
@@ -334,16 +376,24 @@ class Sender:
             )
         self._gate.judge_records(accepted=len(accepted), dead=len(rejected), of=(route.stream, operation.kind))
 
-    def _until_decided(self, part: _Part, fault: TargetFault | None, tally: _Tally, *, suspect: bool) -> Verdict:
+    def _until_decided(
+        self,
+        part: _Part,
+        fault: TargetFault | None,
+        first: Answer | NoAnswer | None,
+        tally: _Tally,
+        *,
+        suspect: bool,
+    ) -> Verdict:
         """Send the same bytes under the same key until the answer is about the records; raises _GaveUp or _SetAside."""
         request = part.operation.request(part.changes, part.fragments)
         key = part.key or idempotency_key(self._log_id, self._target, part.operation.fingerprint, part.changes)
 
-        def attempt(give_up_at: float | None) -> Verdict:
-            permit = self._gate.enter(give_up_at=give_up_at)
+        def attempt(give_up_at: float | None, made: Answer | NoAnswer | None = None) -> Verdict:
+            permit = FREELY if made is not None else self._gate.enter(give_up_at=give_up_at)
             if permit is None:
                 raise _GaveUp
-            answer = self._client.send(request, key=key)
+            answer = self._client.send(request, key=key) if made is None else made
             tally.attempts += 1
             tally.retries += give_up_at is not None
             if isinstance(answer, Answer):
@@ -355,7 +405,7 @@ class Sender:
             again = give_up_at is not None
             return self._tell_gate(verdict, permit, tally, suspect=suspect, again=again)
 
-        verdict = fault or attempt(None)
+        verdict = fault or attempt(None, first)
         if isinstance(verdict, TargetFault):
             if suspect and verdict.may_be_the_records and not self._is_to_be_left_alone():
                 raise _SetAside
