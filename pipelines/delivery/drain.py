@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from queue import Empty, SimpleQueue
 from typing import cast
@@ -477,13 +477,15 @@ class _Loop:
         Were the next change of that key sent before, and the refusal lost with the drain, then the refused change would
         be sent again after a newer one. What was accepted is a repeat then, and the target can tell.
         """
-        self._results.put(told)
-        while told.settlement.dead:
+        if not told.settlement.dead:
+            self._results.put(told)
+            return None
+        written: SimpleQueue[None] = SimpleQueue()
+        self._results.put(replace(told, written=written))
+        while not self._failed.is_set():
             with suppress(Empty):
-                told.written.get(timeout=_LONGEST_DEAF)
-                return
-            if self._failed.is_set():
-                raise DrainEnded
+                return written.get(timeout=_LONGEST_DEAF)
+        raise DrainEnded
 
     def _settle_some(self) -> None:
         """Take in what there is of results, or wait a moment for one; now and then write down all that is known.
@@ -501,7 +503,7 @@ class _Loop:
         if idle:
             self._keep_lock()
         broken: BaseException | None = None
-        awaited: list[Told] = []
+        awaited: list[SimpleQueue[None]] = []
         while self._arrived:
             result = self._arrived.popleft()
             if isinstance(result, BaseException):
@@ -514,13 +516,13 @@ class _Loop:
                     if told.done is not None:
                         self._take_in(*told.done)
                     self._unwritten.append(told.settlement)
-                    if told.settlement.dead:
-                        awaited.append(told)
+                    if told.written is not None:
+                        awaited.append(told.written)
         if not (idle or awaited or broken or self._is_time_to_commit()):
             return
         wrote = self._write_unwritten()
         for one in awaited:
-            one.written.put(None)
+            one.put(None)
         if wrote and self._unwell and self._gate.healthy and self._gate.halt is None:
             self._ledger.resume()
             self._unwell, self._earlier_failed_runs = False, 0

@@ -50,8 +50,8 @@ class Told:
 
     settlement: Settlement
     done: tuple[Work, Sent] | None = None
-    written: SimpleQueue[None] = field(default_factory=SimpleQueue)
-    """Given something once the settlement is in the ledger."""
+    written: SimpleQueue[None] | None = None
+    """Given something once the settlement is in the ledger, where somebody waits for that."""
 
 
 class Lane(threading.Thread):
@@ -196,6 +196,7 @@ class _Express(threading.Thread):
                     self._end(number, answer)
             self._tell()
         except BaseException as error:  # handed to the loop, which raises it
+            self._tell()  # later changes of the same keys may be out: this must not be sent after them
             self._broke(error)
         finally:
             self._multiplexer.close()

@@ -24,6 +24,8 @@ from pipelines_tests.fakes.ledger import FakeLedger, FakeLockLost, FakeTargetLed
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, no_answer, routes_of
 from resources.system_clock import SystemClock
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 UPSERT: Any = {"path": "/rows", "batch": {"max_records": 3}}
 RESULTS: Any = {"items": "$.results", "id": "id", "status": "status"}
 ROUTES = routes_of(customers={"upsert": UPSERT, "delete": {"path": "/rows/${_key}"}})

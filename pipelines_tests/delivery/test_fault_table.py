@@ -21,6 +21,8 @@ from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, no_answer, routes_of
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 TABLE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
 BATCH: Any = {"path": "/rows", "batch": {"max_records": 3}}
 RESULTS: Any = {**BATCH, "results": {"items": "$.results", "id": "id", "status": "status"}}

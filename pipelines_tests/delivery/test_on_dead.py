@@ -18,6 +18,8 @@ from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import LOG_ID, FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, routes_of
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 RESULTS: Any = {"items": "$.results", "id": "id", "status": "status"}
 SHAPES: Mapping[str, Any] = {
     "single": {"path": "/rows"},

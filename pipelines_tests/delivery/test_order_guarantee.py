@@ -23,6 +23,8 @@ from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, no_answer, routes_of
 from resources.system_clock import SystemClock
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 KEYS, CHANGES, TURNS = 50, 40, 8
 RESULTS: Any = {"items": "$.results", "id": "id", "status": "status"}
 SHAPES: Mapping[str, Any] = {

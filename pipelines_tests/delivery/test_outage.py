@@ -14,6 +14,8 @@ from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, no_answer, routes_of
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 OUTAGE = 600.0
 TICK = 5.0
 """Between two looks of the sensor."""

@@ -18,6 +18,8 @@ from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, no_answer, routes_of
 from resources.system_clock import SystemClock
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 QUICK = RetryPolicy(initial_backoff=0.001, max_backoff=0.004, max_elapsed=0.05)
 BATCHES = routes_of(customers={"upsert": {"path": "/rows", "batch": {"max_records": 2}}})
 EVENTS = routes_of(customers={"mode": "event", "upsert": {"path": "/rows"}})

@@ -1,16 +1,17 @@
 """A target API without a network: it answers from a script and remembers what it was sent."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, ClassVar
 from uuid import UUID
 
 from pipelines.changes.record import ChangeRecord, Operation, instant_of
 from pipelines.delivery.config import TargetConfig
 from pipelines.delivery.routing import HttpRequest, Route, compile_routes
-from pipelines.delivery.target import Answer, NoAnswer, TargetClient
+from pipelines.delivery.target import Answer, Multiplexer, NoAnswer, TargetClient
 
 Step = int | Answer | NoAnswer | BaseException
 
@@ -52,6 +53,9 @@ class ScriptedTarget:
         self.connected = 0
         self.closed = 0
 
+    multiplexed: ClassVar[bool] = False
+    """Whether the clients have a multiplexer. All that a drain does must come out the same; see `both_ways`."""
+
     def connect(self) -> TargetClient:
         """Return a client for one lane."""
         with self._lock:
@@ -91,12 +95,54 @@ class ScriptedTarget:
 class _Client(TargetClient):
     def __init__(self, target: ScriptedTarget) -> None:
         self._target = target
+        self.connected = False
 
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
+        self.connected = True
         return self._target._answer(request, key)
+
+    def multiplexer(self) -> Multiplexer | None:
+        return ThreadedMultiplexer() if self._target.multiplexed else None
 
     def close(self) -> None:
         self._target._close()
+
+
+class ThreadedMultiplexer(Multiplexer):
+    """Has each request sent by its client in a thread; refuses those of a client that has not sent one itself yet."""
+
+    def __init__(self) -> None:
+        self._ended = SimpleQueue[tuple[int, Answer | NoAnswer | BaseException] | None]()
+
+    def begin(self, lane: int, client: TargetClient, request: HttpRequest, *, key: UUID) -> bool:
+        assert isinstance(client, _Client)
+        if not client.connected:
+            return False
+
+        def send() -> None:
+            try:
+                self._ended.put((lane, client.send(request, key=key)))
+            except BaseException as error:
+                self._ended.put((lane, error))
+
+        threading.Thread(target=send, name=f"lane-{lane}", daemon=True).start()
+        return True
+
+    def ended(self, seconds: float | None) -> Sequence[tuple[int, Answer | NoAnswer | None]]:
+        try:
+            one = self._ended.get(timeout=seconds)
+        except Empty:
+            return []
+        if one is None:
+            return []
+        if isinstance(one[1], BaseException):
+            raise one[1]
+        return [(one[0], one[1])]
+
+    def wake(self) -> None:
+        self._ended.put(None)
+
+    def close(self) -> None: ...
 
 
 def answer(status: int, body: bytes = b"", *, headers: Mapping[str, str] | None = None) -> Answer:

@@ -82,6 +82,10 @@ class Turns:
         self._of_thread: dict[threading.Thread, _Task] = {}
         self._stuck = False
 
+    def queue(self) -> "_Queue":
+        """Return a queue whose readers hand their turn on."""
+        return _Queue(self)
+
     def sleep(self, seconds: float) -> None:
         """Let the others run until *seconds* have passed."""
         self._hand_on(ready=_never, deadline=self._clock.seconds + seconds)

@@ -137,6 +137,7 @@ meanwhile = st.lists(
 courses = st.builds(
     Course,
     seed=st.integers(0, 1000),
+    multiplexed=st.booleans(),
     troubles=st.builds(
         lambda some, last: (*some, *last), st.lists(troubles, max_size=12), st.just([]) | st.lists(pauses, max_size=1)
     ),

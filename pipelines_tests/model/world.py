@@ -6,6 +6,7 @@ taken.
 
 import json
 import random
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from email.utils import format_datetime
 from functools import lru_cache
+from queue import Empty
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import UUID
@@ -35,7 +37,7 @@ from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.report import DrainReport
 from pipelines.delivery.routing import HttpRequest, Route
 from pipelines.delivery.sending import RetryPolicy
-from pipelines.delivery.target import Answer, NoAnswer, TargetClient
+from pipelines.delivery.target import Answer, Multiplexer, NoAnswer, TargetClient
 from pipelines_tests.contracts.ledgers import FakeSubject, PostgresSubject, Writer
 from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import routes_of
@@ -196,6 +198,8 @@ class Course:
     """All that happens to one drain. Requests are counted from 1 in the order in which they leave."""
 
     seed: int = 0
+    multiplexed: bool = False
+    """Lanes have their requests carried by one thread, so far as that takes no waiting."""
     troubles: tuple[Trouble, ...] = ()
     afterwards: Trouble = FINE
     crash: Crash | None = None
@@ -612,9 +616,55 @@ class Run:
 class _Client(TargetClient):
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.connected = False
 
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
-        return self._run.exchange(request, key)
+        answer = self._run.exchange(request, key)
+        self.connected = isinstance(answer, Answer)
+        return answer
+
+    def multiplexer(self) -> Multiplexer | None:
+        return _Multiplexer(self._run) if self._run.course.multiplexed else None
+
+    def close(self) -> None: ...
+
+
+class _Multiplexer(Multiplexer):
+    """Carries requests where a connection is open; of one that broke, the client has to send the same once more."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._ended = run.turns.queue()
+
+    def begin(self, lane: int, client: TargetClient, request: HttpRequest, *, key: UUID) -> bool:
+        assert isinstance(client, _Client)
+        if not client.connected:
+            return False
+
+        def carry() -> None:
+            try:
+                answer: object = client.send(request, key=key)
+            except BaseException as error:
+                answer = error
+            self._ended.put((lane, answer))
+
+        threading.Thread(target=carry, daemon=True).start()
+        return True
+
+    def ended(self, seconds: float | None) -> Sequence[tuple[int, Answer | NoAnswer | None]]:
+        try:
+            one: Any = self._ended.get(timeout=seconds)
+        except Empty:
+            return []
+        if one is None:
+            return []
+        lane, answer = one
+        if isinstance(answer, BaseException):
+            raise answer
+        return [(lane, None if isinstance(answer, NoAnswer) and answer.may_have_arrived else answer)]
+
+    def wake(self) -> None:
+        self._ended.put(None)
 
     def close(self) -> None: ...
 

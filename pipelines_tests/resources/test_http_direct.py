@@ -4,75 +4,32 @@ What the network may do to it is in test_http_target.py, whose requests go this 
 """
 
 import contextlib
-import datetime
 import gc
 import gzip
 import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from pipelines.delivery.routing import HttpRequest
 from pipelines.delivery.target import Answer, NoAnswer
 from pipelines_tests.fakes.http_server import HttpApi
+from pipelines_tests.resources.raw_server import saying
 from resources import http_direct
 from resources.http_direct import DirectConnection
 from resources.http_target import Endpoint, HttpTargetClient
-from resources.http_wire import Wire, open_client, ssl_context
+from resources.http_wire import Wire, open_client
 
 KEY = UUID("0b0f6a52-3f0b-5f0e-9d5a-7d1f6c1b3a11")
 POST = HttpRequest(method="POST", path="/rows", body=b'[{"id": 1}]', content_type="application/json")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-@contextlib.contextmanager
-def saying(*answers: bytes, context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[bytes]]]:
-    """Serve one answer for each request in turn; yield the URL and what came, `b""` where a connection begins."""
-    left, came = list(answers), list[bytes]()
-
-    def serve(connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            came.append(b"")
-            if context is not None:
-                connection = context.wrap_socket(connection, server_side=True)
-            while left and (request := connection.recv(65_536)):
-                came.append(request)
-                answer = left.pop(0)
-                connection.sendall(answer)
-                if not answer.startswith(b"HTTP/1.1") or b"Content-Length" not in answer:
-                    break
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-
-    def listen() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    scheme = "http" if context is None else "https"
-    try:
-        yield f"{scheme}://localhost:{listener.getsockname()[1]}", came
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
 
 
 def answers(url: str, *, times: int = 1, request: HttpRequest = POST, timeout: float = 5.0) -> list[Answer | NoAnswer]:
@@ -232,52 +189,6 @@ def test_a_header_that_would_be_two_is_not_sent() -> None:
 
 
 # Certificates ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def certified(tmp_path: Path) -> Callable[[str], tuple[ssl.SSLContext, Path]]:
-    """Return what makes a server's context for a host, and the file that vouches for it."""
-
-    def make(host: str) -> tuple[ssl.SSLContext, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test")])
-        now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(1)
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        public, private = tmp_path / "certificate.pem", tmp_path / "key.pem"
-        public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        private.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(public, private)
-        return context, public
-
-    return make
-
-
-@pytest.fixture
-def trusting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Return what makes clients trust a file's certificates, as the environment can; undone afterwards."""
-
-    def trust(certificates: Path) -> None:
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
-        ssl_context.cache_clear()
-
-    yield trust
-    ssl_context.cache_clear()
 
 
 def test_a_certificate_that_is_trusted_and_for_the_host_will_do(

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +24,7 @@ from pipelines.delivery.target import Answer, NoAnswer
 from pipelines_tests.fakes.http_server import HttpApi, Reply, per_item, refusing
 from pipelines_tests.fakes.ledger import FakeLedger
 from pipelines_tests.fakes.target import change
+from pipelines_tests.resources.raw_server import serving
 from resources.http_target import HttpTargetClient, endpoint
 from resources.http_wire import Wire, open_client
 from resources.system_clock import SystemClock
@@ -61,34 +62,6 @@ def unanswered(url: str, request: HttpRequest = POST, **config: Any) -> NoAnswer
     answer = sent(url, request, **config)
     assert isinstance(answer, NoAnswer), answer
     return answer
-
-
-@contextlib.contextmanager
-def serving(serve: Callable[[socket.socket], object], *, connections: int | None = None) -> Iterator[str]:
-    """Serve each connection by a function, then close it; after so many *connections* refuse more."""
-
-    def listen() -> None:
-        for _ in range(connections) if connections is not None else itertools.count():
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # the end of the test
-                return
-            if connections is not None:
-                listener.close()
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(10)
-                serve(connection)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
 
 
 # The request ----------------------------------------------------------------------------------------------------------
