@@ -5,12 +5,12 @@ The framing is llhttp's, which Node.js reads answers with (`httptools`). A body 
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import httpcore
 import httptools
 import httpx
+import msgspec
 
 from pipelines.delivery.target import Answer
 from resources.http_wire import read_body
@@ -21,8 +21,7 @@ AT_ONCE = 65_536
 _LONGEST_HEAD = 100_000  # h11's
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """An answer, its body up to a limit. Headers are as they were sent."""
 
     status: int

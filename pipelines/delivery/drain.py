@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import repeat
 from queue import Empty, SimpleQueue
 from typing import cast
@@ -481,7 +481,7 @@ class _Loop:
             self._results.put(told)
             return None
         written: SimpleQueue[None] = SimpleQueue()
-        self._results.put(replace(told, written=written))
+        self._results.put(Told(told.settlement, told.done, written))
         while not self._failed.is_set():
             with suppress(Empty):
                 return written.get(timeout=_LONGEST_DEAF)

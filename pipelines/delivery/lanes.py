@@ -10,9 +10,10 @@ threads do everything.
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from uuid import UUID
+
+import msgspec
 
 from pipelines.changes.record import payloads
 from pipelines.delivery.batching import Batch
@@ -25,8 +26,7 @@ _TOLD_AFTER = 0.005
 """Seconds after which the drain is told what came of requests, all together: it need not be woken for each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, eq=False):
     """A claimed batch on its way to a lane."""
 
     batch_id: int
@@ -37,15 +37,15 @@ class Work:
     """Runs that set it aside before."""
     claimed_as: int = 0
     """The batch that it was when this drain found it claimed; its own id, if it has not been split since."""
-    bytes: int = field(init=False)
+    bytes: int = 0
     """By which it counts towards the window."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum(map(len, payloads(self.batch.changes))))
+        """Count the bytes."""
+        self.bytes = sum(map(len, payloads(self.batch.changes)))
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(msgspec.Struct, frozen=True, eq=False):
     """What a lane knows: of a batch that is done, or of a part of one that is still out."""
 
     settlement: Settlement

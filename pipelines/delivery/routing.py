@@ -52,8 +52,7 @@ _CONTENT_TYPES: dict[Format, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpRequest:
+class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What to send, but for the base URL, the credentials and the idempotency key."""
 
     method: str
@@ -195,7 +194,8 @@ class RouteOperation:
 
     def request(self, changes: Sequence[ChangeRecord], fragments: Sequence[bytes]) -> HttpRequest:
         """Return the request for *changes*, of which `render_record` gave *fragments*. The same in, the same out."""
-        path = self._path.render(changes[0]).decode("ascii")
+        same = self._path.same
+        path = (self._path.render(changes[0]) if same is None else same).decode("ascii")
         if not self._has_body:
             return HttpRequest(method=self._method, path=path)
         body = self._prefix + self._separator.join(fragments) + self._suffix

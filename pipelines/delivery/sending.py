@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 from uuid import UUID
 
+import msgspec
 import tenacity
 
 from pipelines.changes.record import ChangeRecord, picked
@@ -53,8 +54,7 @@ class RetryPolicy:
     max_elapsed: float = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
     """What sending a batch came to."""
 
     settlement: Settlement

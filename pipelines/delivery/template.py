@@ -46,6 +46,8 @@ class Template:
     own_fields: frozenset[str]
     """The fields of the change itself that it reads, such as `_key`."""
     render: Callable[[ChangeRecord], bytes]
+    same: bytes | None = None
+    """What it comes to for every change, if it reads nothing of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,7 +384,8 @@ def _assemble(parts: Sequence["bytes | _Hole"], context: _Context) -> Template:
             names.append(part.name)
         (as_text if part.as_text else as_they_are).append((position, names.index(part.name)))
     render = _renderer(skeleton, names, as_they_are, as_text, own, context)
-    return Template(columns=frozenset(names), own_fields=frozenset(own_fields), render=render)
+    same = skeleton[0] if len(skeleton) == 1 else None
+    return Template(columns=frozenset(names), own_fields=frozenset(own_fields), render=render, same=same)
 
 
 def _own_renderer(hole: _Hole, context: _Context) -> Callable[[ChangeRecord], bytes]:

@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as with_fields
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.batching import Batch
@@ -89,9 +90,9 @@ class Lane:
             dead=[one for part in told for one in part.dead],
             filtered=[one for part in told for one in part.filtered],
         )
-        known = {*ids(whole.accepted), *ids(whole.filtered), *dead_ids(replace(sent, settlement=whole))}
+        known = {*ids(whole.accepted), *ids(whole.filtered), *dead_ids(with_fields(sent, settlement=whole))}
         self.undecided = [one for one in ids(changes) if one not in known]
-        return replace(sent, settlement=whole)
+        return with_fields(sent, settlement=whole)
 
     def _split(self, batch_id: int, parts: Sequence[Claim]) -> Sequence[int]:
         first = 100 + len(self.written)
