@@ -6,6 +6,7 @@ answers are read as they come: a sixth of the CPU that a thread for each lane ne
 
 import selectors
 import socket
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from resources.redaction import redact_text
 
 _LOOK_AFTER = 0.05
 """Seconds after which it is looked at whose time is over."""
+_READS_AT_ONCE = 16
+"""Reads of one flight before it is the others' turn: some targets never stop talking. Each takes all of a TLS record,
+so that what is left shows at the socket."""
 
 Ended = Answer | NoAnswer | None
 
@@ -45,11 +49,14 @@ class Flight:
         secrets: tuple[bytes, ...],
         timeout_seconds: float,
         limit: int,
-        unheard: Callable[[], None],
+        arrived: Callable[[Ended], Ended],
     ) -> None:
-        """Have *data* sent on *kept*, *direct*'s socket. *unheard* is called if that breaks without an answer."""
+        """Have *data* sent on *kept*, *direct*'s socket. *arrived* is given what came of it, and says what that means.
+
+        It is given None if the connection broke without a word, and returns None if the client is to send all again.
+        """
         self._direct, self.socket, self._unsent = direct, kept, memoryview(data)
-        self._secrets, self._timeout, self._unheard = secrets, timeout_seconds, unheard
+        self._secrets, self._timeout, self._arrived = secrets, timeout_seconds, arrived
         self._reading = Reading(limit)
         self._heard = False
         self._started = time.monotonic()
@@ -72,24 +79,25 @@ class Flight:
             self._unsent = memoryview(b"")  # it may have answered before it had read it all, and closed its ear
 
     def read(self) -> Ended | StillOut:
-        """Read what there is. None: it broke before anything came, and is the client's to send again."""
+        """Read what there is, or so much that the others should have their turn."""
         try:
-            while True:
+            for _ in range(_READS_AT_ONCE):
                 data = self.socket.recv(AT_ONCE)
                 self._heard |= bool(data)
                 if self._reading.take(data):
-                    return self._answered()
+                    return self._arrived(self._answered())
         except NOT_YET:
-            return STILL_OUT
+            pass
         except (OSError, httpcore.RemoteProtocolError) as error:
-            return self._broke(error)
+            return self._arrived(self._broke(error))
+        return STILL_OUT
 
-    def expire(self) -> Answer | NoAnswer:
+    def expire(self) -> Ended:
         """Give it up, for its time is over."""
         if self._reading.break_off():
-            return self._answered()
+            return self._arrived(self._answered())
         self.drop()
-        return self._no_answer(f"no answer within {self._timeout:g} s")
+        return self._arrived(self._no_answer(f"no answer within {self._timeout:g} s"))
 
     def drop(self) -> None:
         """Let go of it and its connection."""
@@ -108,7 +116,6 @@ class Flight:
         self.drop()
         if not self._heard:
             # Most likely the target had closed the connection before the request was there (RFC 9112 §9.3.1).
-            self._unheard()
             return None
         said = redact_text(str(error), self._secrets)[:200] or type(error).__name__
         return self._no_answer(f"the connection broke: {said}")
@@ -131,6 +138,7 @@ class HttpMultiplexer(Multiplexer):
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._ear, self._mouth = socket.socketpair()
+        self._mouth_held = threading.Lock()  # its number may be another connection's once it is closed
         for end in (self._ear, self._mouth):
             end.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
@@ -199,8 +207,10 @@ class HttpMultiplexer(Multiplexer):
         self._selector.unregister(watched)
 
     def wake(self) -> None:
-        with suppress(BlockingIOError):  # it is about to wake as it is
-            self._mouth.send(b"\0")
+        with self._mouth_held:
+            if self._mouth.fileno() != -1:  # else it ended while it was being found asleep
+                with suppress(BlockingIOError):  # it is about to wake as it is
+                    self._mouth.send(b"\0")
 
     def close(self) -> None:
         for _, flight in self._flights.values():
@@ -208,4 +218,5 @@ class HttpMultiplexer(Multiplexer):
         self._flights.clear()
         self._selector.close()
         self._ear.close()
-        self._mouth.close()
+        with self._mouth_held:
+            self._mouth.close()

@@ -4,6 +4,7 @@ import base64
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -156,15 +157,15 @@ class HttpTargetClient(FlyingClient):
         return HttpMultiplexer()
 
     def depart(self, request: HttpRequest, *, key: UUID) -> Flight | None:
-        """Send *request* on the kept connection, if there is one and no token has to be asked for."""
-        if self._direct is None or self._endpoint.tokens is not None or self._sent_before:
+        tokens, token = self._endpoint.tokens, None
+        if self._direct is None or self._sent_before or (tokens is not None and (token := tokens.at_hand()) is None):
             return None
         try:
             data = self._direct.bytes_of(
                 request.method,
                 self._path_of(request),
                 body=request.body,
-                headers=_headers_of(request, None),
+                headers=_headers_of(request, token),
                 key=str(key),
             )
         except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeError):
@@ -176,14 +177,24 @@ class HttpTargetClient(FlyingClient):
             self._direct,
             kept,
             data,
-            secrets=self._endpoint.secrets,
+            secrets=self._secrets_with(token),
             timeout_seconds=self._endpoint.timeout_seconds,
             limit=self._endpoint.max_response_bytes,
-            unheard=self._note_sent_before,
+            arrived=partial(self._arrived, token),
         )
 
-    def _note_sent_before(self) -> None:
-        self._sent_before = True
+    def _arrived(self, token: Token | None, answer: Answer | NoAnswer | None) -> Answer | NoAnswer | None:
+        """Say what a flight's end is worth: None if the same request has to be sent again, with a newer token or so."""
+        if answer is None:
+            self._sent_before = True
+        elif token is not None and isinstance(answer, Answer):
+            if self._refuses_token(answer):
+                return None
+            token.accepted |= answer.status < 500
+        return answer
+
+    def _secrets_with(self, token: Token | None) -> tuple[bytes, ...]:
+        return self._endpoint.secrets if token is None else self._endpoint.secrets + token.secrets
 
     def _refuses_token(self, answer: Answer | NoAnswer) -> bool:
         return isinstance(answer, Answer) and answer.status in self._endpoint.renew_on
@@ -192,7 +203,7 @@ class HttpTargetClient(FlyingClient):
         """Send *request* and read the answer, all within `timeout_seconds`."""
         started = time.monotonic()
         give_up_at = started + self._endpoint.timeout_seconds
-        secrets = self._endpoint.secrets if token is None else self._endpoint.secrets + token.secrets
+        secrets = self._secrets_with(token)
         headers, path = _headers_of(request, token), self._path_of(request)
         sent_before, self._sent_before = self._sent_before, False
         while True:

@@ -100,6 +100,12 @@ class TokenSource:
             return token
         return outcome
 
+    def at_hand(self) -> Token | None:
+        """Return the token if nobody has to be asked for it."""
+        with self._lock:
+            token = self._token
+            return token if token is not None and self._clock() < token.renew_at else None
+
     def renew(self, refused: Token) -> _Outcome | None:
         """Return the token after *refused*, which the target no longer takes; None if it never took it.
 

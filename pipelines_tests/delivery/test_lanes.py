@@ -188,6 +188,25 @@ def test_what_may_have_to_wait_is_the_lanes_own(suspect: bool) -> None:
     assert asked == [1]
 
 
+def test_what_is_out_already_is_tried_again_though_its_key_must_wait_by_now() -> None:
+    """A later batch of the key was set aside meanwhile: that is no reason to give this one up half-way."""
+
+    def script(request: SentRequest) -> Step:
+        if request.body == change(2).payload and not pool.holds.is_held(change(2, stream="rows")):
+            pool.holds.hold([change(2, stream="rows")])
+            return 503
+        return 200
+
+    pool = Pool(ScriptedTarget(script))
+    pool.put(1)
+    pool.hears(1)
+    pool.put(2)
+    told = pool.told.get(timeout=10)
+    pool.lanes.close()
+
+    assert [one.change_id for one in told.settlement.accepted] == [2]
+
+
 def test_a_lane_that_broke_keeps_nobody_from_ending() -> None:
     pool = Pool(ScriptedTarget([200, 200, ZeroDivisionError()]), lanes=2)
     pool.put(1, lane=0)
