@@ -3,7 +3,7 @@
 import base64
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import urlencode
 from uuid import UUID
@@ -130,8 +130,8 @@ class HttpTargetClient(FlyingClient):
             timeout_seconds=endpoint.timeout_seconds,
             transport=transport,
         )
-        self._sent_before = False
-        """The next request is one that went out before, on a connection that broke without a word."""
+        self._lost_after: float | None = None
+        """Seconds for which the next request was out before, on a connection that broke without a word."""
         self._direct: DirectConnection | None = None
         if transport is None:
             self._direct = DirectConnection.for_client(self._client, endpoint.base_url, wire=self._wire)
@@ -143,7 +143,8 @@ class HttpTargetClient(FlyingClient):
             return self._exchange(request, key)
         token = tokens.token()
         if not isinstance(token, Token):
-            return token
+            lost = self._lost_after is not None  # it went out with the token before
+            return replace(token, may_have_arrived=True) if lost and isinstance(token, NoAnswer) else token
         answer = self._exchange(request, key, token)
         if self._refuses_token(answer) and (newer := tokens.renew(token)) is not None:
             if not isinstance(newer, Token):
@@ -158,7 +159,11 @@ class HttpTargetClient(FlyingClient):
 
     def depart(self, request: HttpRequest, *, key: UUID) -> Flight | None:
         tokens, token = self._endpoint.tokens, None
-        if self._direct is None or self._sent_before or (tokens is not None and (token := tokens.at_hand()) is None):
+        if (
+            self._direct is None
+            or self._lost_after is not None
+            or (tokens is not None and (token := tokens.at_hand()) is None)
+        ):
             return None
         try:
             data = self._direct.bytes_of(
@@ -180,13 +185,15 @@ class HttpTargetClient(FlyingClient):
             secrets=self._secrets_with(token),
             timeout_seconds=self._endpoint.timeout_seconds,
             limit=self._endpoint.max_response_bytes,
-            arrived=partial(self._arrived, token),
+            arrived=partial(self._arrived, token, time.monotonic()),
         )
 
-    def _arrived(self, token: Token | None, answer: Answer | NoAnswer | None) -> Answer | NoAnswer | None:
+    def _arrived(
+        self, token: Token | None, started: float, answer: Answer | NoAnswer | None
+    ) -> Answer | NoAnswer | None:
         """Say what a flight's end is worth: None if the same request has to be sent again, with a newer token or so."""
         if answer is None:
-            self._sent_before = True
+            self._lost_after = time.monotonic() - started
         elif token is not None and isinstance(answer, Answer):
             if self._refuses_token(answer):
                 return None
@@ -201,11 +208,11 @@ class HttpTargetClient(FlyingClient):
 
     def _exchange(self, request: HttpRequest, key: UUID, token: Token | None = None) -> Answer | NoAnswer:
         """Send *request* and read the answer, all within `timeout_seconds`."""
-        started = time.monotonic()
+        lost_after, self._lost_after = self._lost_after, None
+        started, sent_before = time.monotonic() - (lost_after or 0.0), lost_after is not None
         give_up_at = started + self._endpoint.timeout_seconds
         secrets = self._secrets_with(token)
         headers, path = _headers_of(request, token), self._path_of(request)
-        sent_before, self._sent_before = self._sent_before, False
         while True:
             self._wire.begin(give_up_at=give_up_at)
             try:

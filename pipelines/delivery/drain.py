@@ -216,7 +216,7 @@ class _Loop:
         self._records_of_lane = [0] * policy.max_in_flight
         self._arrived: deque[object] = deque()
         self._unwritten: list[Settlement] = []
-        self._done: list[Work] = []  # held until what became of them is written
+        self._done_records = self._done_bytes = 0  # held until what became of them is written
         self._outstanding: dict[int, Work] = {}  # by batch id, in the order in which they were handed out
         self._held_records = 0
         self._held_bytes = 0
@@ -537,8 +537,8 @@ class _Loop:
             not self._outstanding
             or self._unwell  # and perhaps no longer, which is to be known even if it is brief
             or not self._seconds_until_commit()
-            or sum(len(work.batch.changes) for work in self._done) > self._window_records // 4
-            or sum(work.bytes for work in self._done) > self._limits.window_bytes // 4
+            or self._done_records > self._window_records // 4
+            or self._done_bytes > self._limits.window_bytes // 4
         )
 
     def _write_unwritten(self) -> bool:
@@ -547,17 +547,17 @@ class _Loop:
             return False
         self._write_down(self._unwritten)
         self._unwritten = []
-        for work in self._done:
-            self._held_records -= len(work.batch.changes)
-            self._held_bytes -= work.bytes
-        self._done = []
+        self._held_records -= self._done_records
+        self._held_bytes -= self._done_bytes
+        self._done_records = self._done_bytes = 0
         return True
 
     def _take_in(self, work: Work, sent: Sent) -> None:
-        batch = work.batch
+        batch, records = work.batch, len(work.batch.changes)
         del self._outstanding[work.batch_id]
-        self._done.append(work)
-        self._records_of_lane[batch.lane % self._policy.max_in_flight] -= len(batch.changes)
+        self._done_records += records
+        self._done_bytes += work.bytes
+        self._records_of_lane[batch.lane % self._policy.max_in_flight] -= records
         self._recorder.requests += sent.settlement.attempts
         self._recorder.retries += sent.retries
         for latency in sent.latencies:

@@ -17,10 +17,10 @@ def serving(
 
     def attend(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
+            connection.settimeout(10)
             if context is not None:
                 connection = context.wrap_socket(connection, server_side=True)
             with connection:
-                connection.settimeout(10)
                 with lock:
                     still_open.add(connection)
                 try:
