@@ -199,6 +199,7 @@ class _Express(threading.Thread):
             self._tell()  # later changes of the same keys may be out: this must not be sent after them
             self._broke(error)
         finally:
+            self._asleep = False
             self._multiplexer.close()
 
     def _take_in(self) -> bool:

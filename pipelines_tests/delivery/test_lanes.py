@@ -233,7 +233,10 @@ def test_an_express_that_broke_keeps_nobody_from_ending_and_tells_what_it_knows(
     assert pool.hears(1) == [[3]]
     with pytest.raises(ZeroDivisionError):
         pool.hears(1)
+    pool.put(6, lane=1)
     pool.lanes.close()
+
+    assert len(pool.target.sent) == 4
 
 
 def test_closing_waits_for_what_was_given() -> None:
