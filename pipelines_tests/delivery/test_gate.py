@@ -417,3 +417,45 @@ def test_one_operation_that_is_refused_does_not_hide_behind_others() -> None:
 
     assert gate.halt is not None
     assert "20 of 20 records were refused" in gate.halt.reason
+
+
+# At once, or not ------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_cannot_wait_is_let_in_while_requests_flow_freely() -> None:
+    gate = a_gate()
+    assert gate.enter_at_once() == Permit(probe=False)
+    gate.failed(entered(gate), "answered 503")  # one is not enough to open the breaker
+    assert gate.enter_at_once() == Permit(probe=False)
+
+
+def _halted(gate: TargetGate) -> None:
+    gate.stop("enough")
+
+
+def _held(gate: TargetGate) -> None:
+    gate.failed(entered(gate), "answered 429", retry_after=5.0)
+
+
+def _open(gate: TargetGate) -> None:
+    for _ in range(3):
+        gate.failed(entered(gate), "answered 503")
+
+
+def _in_doubt(gate: TargetGate) -> None:
+    gate.doubt(since=gate.successes)
+
+
+@pytest.mark.parametrize("happens", [_halted, _held, _open, _in_doubt])
+def test_whoever_cannot_wait_is_not_let_in_when_it_might_have_to(happens: Callable[[TargetGate], None]) -> None:
+    gate = a_gate()
+    happens(gate)
+
+    assert gate.enter_at_once() is None
+
+
+@pytest.mark.parametrize("unwell", [False, True], ids=["held to a rate", "left unwell"])
+def test_whoever_cannot_wait_is_never_let_in_where_each_request_might_have_to(unwell: bool) -> None:
+    bucket = None if unwell else TokenBucket.full(requests_per_second=100, burst=100, now=0.0)
+
+    assert a_gate(bucket=bucket, unwell=unwell).enter_at_once() is None

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
@@ -15,11 +15,12 @@ from msgspec.structs import replace as with_fields
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.batching import Batch
 from pipelines.delivery.breaker import Breaker
-from pipelines.delivery.gate import Halt, TargetGate
+from pipelines.delivery.gate import Halt, Permit, TargetGate
 from pipelines.delivery.judging import JudgingRules
 from pipelines.delivery.ledger import Claim, Settlement
 from pipelines.delivery.planning import claim_of
 from pipelines.delivery.sending import RetryPolicy, Sender, Sent
+from pipelines.delivery.target import Answer, NoAnswer
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import LOG_ID
 from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, answer, change, no_answer, routes_of
@@ -32,11 +33,19 @@ ROUTES = routes_of(
         "insert": {"path": "/pairs", "on_conflict": "update"},
         "update": {"path": "/pairs/${_key}", "on_missing": "insert"},
     },
+    newest={"on_dead": "supersede", "upsert": {"path": "/newest"}},
     bulk={
         "insert": {"path": "/bulk", "batch": {"max_records": 100}, "results": RESULTS, "on_conflict": "update"},
         "update": {"path": "/bulk/${_key}", "record": {"id": "$id", "n": "$n"}},
     },
 )
+
+
+def a_batch(changes: Sequence[ChangeRecord], *, stream: str = "rows", kind: Any = "upsert") -> Batch:
+    route = ROUTES[stream]
+    operation = route.operations[kind]
+    fragments = [operation.render_record(one) or b"" for one in changes]
+    return Batch(lane=0, route=route, operation=operation, changes=changes, fragments=fragments)
 
 
 @dataclass
@@ -66,12 +75,8 @@ class Lane:
             one_probe=self.unwell,
         )
 
-    def send(self, changes: Sequence[ChangeRecord], *, stream: str = "rows", kind: Any = "upsert") -> Sent:
-        route = ROUTES[stream]
-        operation = route.operations[kind]
-        fragments = [operation.render_record(one) or b"" for one in changes]
-        batch = Batch(lane=0, route=route, operation=operation, changes=changes, fragments=fragments)
-        sender = Sender(
+    def sender(self) -> Sender:
+        return Sender(
             log_id=LOG_ID,
             target="api",
             client=self.target.connect(),
@@ -82,7 +87,18 @@ class Lane:
             report=self.reported.append,
             split=self._split,
         )
-        sent = sender.send(7, batch, key=claim_of(batch, log_id=LOG_ID, target="api").idempotency_key)
+
+    def send(
+        self,
+        changes: Sequence[ChangeRecord],
+        *,
+        stream: str = "rows",
+        kind: Any = "upsert",
+        first: Answer | NoAnswer | None = None,
+    ) -> Sent:
+        batch = a_batch(changes, stream=stream, kind=kind)
+        key = claim_of(batch, log_id=LOG_ID, target="api").idempotency_key
+        sent = self.sender().send(7, batch, key=key, first=first)
         told = [*self.reported, sent.settlement]
         whole = replace(
             sent.settlement,
@@ -594,3 +610,79 @@ def test_what_is_known_of_the_last_answer_is_written_down() -> None:
     assert sent.settlement.error == "answered 422"
     assert sent.settlement.seconds == 0.01
     assert list(sent.latencies) == [0.01, 0.01]
+
+
+# A first attempt that somebody else made ------------------------------------------------------------------------------
+
+
+def items_of(statuses: Mapping[int, int]) -> Answer:
+    listed = [{"id": str(number), "status": status} for number, status in statuses.items()]
+    return answer(200, json.dumps({"results": listed}).encode())
+
+
+def told_of(sent: Sent) -> tuple[object, ...]:
+    """Return all that it says; of nothing there are a list and a tuple."""
+    one = sent.settlement
+    known = (one.batch_id, list(one.accepted), list(one.dead), list(one.filtered), one.supersedes, one.set_aside)
+    return (*known, one.attempts, one.status, one.seconds, one.error, list(sent.latencies), sent.retries)
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [("rows", answer(200)), ("items", items_of({1: 200, 2: 201})), ("newest", answer(204))],
+    ids=["all at once", "one by one", "what is newer counts"],
+)
+def test_an_answer_that_settles_all_of_a_batch_comes_to_what_sending_it_does(stream: str, said: Answer) -> None:
+    changes = [change(1, stream=stream)] if stream == "newest" else [change(1, stream=stream), change(2, stream=stream)]
+    lane, other = Lane(ScriptedTarget()), Lane(ScriptedTarget([said]))
+    for _ in range(2):
+        for gate in (lane.gate, other.gate):
+            gate.failed(Permit(probe=False), "answered 503")
+
+    sent = lane.sender().end(7, a_batch(changes, stream=stream), said)
+
+    assert sent is not None
+    assert told_of(sent) == told_of(other.send(changes, stream=stream))
+    assert sent.settlement.supersedes == (stream == "newest")
+    assert (lane.gate.failures, lane.gate.successes) == (other.gate.failures, other.gate.successes) == (0, 1)
+
+
+def test_what_was_accepted_at_once_counts_for_the_guard() -> None:
+    """Twenty refusals are too many of forty records, and not of two hundred."""
+    lane = Lane(ScriptedTarget())
+    lane.gate._guard = 0.5
+    for number in range(1, 181):
+        assert lane.sender().end(7, a_batch([change(number, stream="rows")]), answer(200)) is not None
+    lane.gate.judge_records(accepted=0, dead=20, of=("rows", "upsert"))
+
+    assert lane.gate.halt is None
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        ("rows", answer(503)),
+        ("rows", answer(401)),
+        ("rows", answer(422)),
+        ("rows", no_answer()),
+        ("items", items_of({1: 200, 2: 422})),
+        ("items", items_of({1: 200, 2: 503})),
+        ("items", answer(200, b"not JSON")),
+    ],
+    ids=str,
+)
+def test_any_other_first_answer_is_gone_on_from_as_if_the_lane_had_had_it(stream: str, said: Answer | NoAnswer) -> None:
+    changes = [change(1, stream=stream), change(2, stream=stream)]
+    later: list[Step] = [items_of({1: 200, 2: 200})] if stream == "items" else []
+    lane, other = Lane(ScriptedTarget(later)), Lane(ScriptedTarget([said, *later]))
+
+    assert lane.sender().end(7, a_batch(changes, stream=stream), said) is None
+    random.seed(1)
+    sent = lane.send(changes, stream=stream, first=said)
+
+    random.seed(1)
+    assert told_of(sent) == told_of(other.send(changes, stream=stream))
+    assert [one.request for one in lane.target.sent] == [one.request for one in other.target.sent][1:]
+    assert lane.clock.naps == other.clock.naps
+    assert (lane.gate.failures, lane.gate.halt) == (other.gate.failures, other.gate.halt)
+    assert lane.written == other.written
