@@ -3,10 +3,11 @@
 import operator
 from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import accumulate, compress, count, groupby, islice, pairwise
 from typing import Any, TypeVar, cast
+from uuid import UUID
 
 import msgspec
 import psycopg
@@ -285,16 +286,20 @@ class PostgresTargetLedger(TargetLedger):
             [*change_ids(window.superseded), *change_ids(window.filtered), *map(_id_of_dead, window.dead)]
         )
         self._refuse_repeats([*claimed, *settled])
-        with self._connection.transaction():
+        streams_named, place_of_stream = _named([claim.stream for claim in window.claims])
+        operations_named, place_of_operation = _named([claim.operation for claim in window.claims])
+        with self._at_once_with(window.dead):
             row = self._execute(
                 "claim",
                 run_id=self._run_id,
-                lanes=[claim.lane for claim in window.claims],
-                streams=[claim.stream for claim in window.claims],
-                operations=[claim.operation for claim in window.claims],
-                firsts=firsts,
-                lasts=lasts,
-                keys=[claim.idempotency_key for claim in window.claims],
+                lanes=_array([claim.lane for claim in window.claims]),
+                streams=streams_named,
+                stream_each=place_of_stream,
+                operations=operations_named,
+                operation_each=place_of_operation,
+                firsts=_array(firsts),
+                lasts=_array(lasts),
+                keys=_array_of_uuids([claim.idempotency_key for claim in window.claims]),
                 members=_array(members),
                 claimed=_multirange(claimed),
                 settled=_multirange(settled),
@@ -329,25 +334,23 @@ class PostgresTargetLedger(TargetLedger):
     def settle(self, settlements: Sequence[Settlement]) -> None:
         dead = [record for s in settlements for record in s.dead]
         # Batch by batch: of each it is nearly always all, and that one range.
-        settled = [
-            one
-            for s in settlements
-            for one in _ranges([*change_ids(s.accepted), *change_ids(s.filtered), *map(_id_of_dead, s.dead)])
-        ]
+        settled = [one for s in settlements for one in _ranges(_ids_of(s))]
         self._refuse_repeats(settled)
         batches = _by_batch(settlements)
-        with self._connection.transaction():
+        superseding = [change for s in settlements if s.supersedes for change in s.accepted]
+        errors = [s.error and _storable(s.error) for s in batches]
+        with self._at_once_with(dead or superseding):
             written = self._execute(
                 "settle",
-                batch_ids=[s.batch_id for s in batches],
-                set_aside=[s.set_aside for s in batches],
-                decided_each=[len(s.accepted) + len(s.dead) + len(s.filtered) for s in batches],
-                accepted_each=[len(s.accepted) for s in batches],
-                dead_each=[len(s.dead) for s in batches],
-                attempts=[s.attempts for s in batches],
-                statuses=[s.status for s in batches],
-                latencies=[None if s.seconds is None else s.seconds * 1000 for s in batches],
-                errors=[s.error and _storable(s.error) for s in batches],
+                batch_ids=_array([s.batch_id for s in batches]),
+                set_aside=_array([s.set_aside for s in batches]),
+                decided_each=_array([len(s.accepted) + len(s.dead) + len(s.filtered) for s in batches]),
+                accepted_each=_array([len(s.accepted) for s in batches]),
+                dead_each=_array([len(s.dead) for s in batches]),
+                attempts=_array([s.attempts for s in batches]),
+                statuses=_array([s.status for s in batches]),
+                latencies=_array([None if s.seconds is None else s.seconds * 1000 for s in batches]),
+                errors=None if errors.count(None) == len(errors) else errors,
                 settled=_multirange(settled),
                 accepted=sum(len(s.accepted) for s in settlements),
                 filtered=sum(len(s.filtered) for s in settlements),
@@ -356,7 +359,11 @@ class PostgresTargetLedger(TargetLedger):
             if written.rowcount != 1:
                 raise LedgerConflict(f"{self._target}: some of what is to be settled is not claimed.")
             self._bury(dead)
-            self._supersede([change for s in settlements if s.supersedes for change in s.accepted])
+            self._supersede(superseding)
+
+    def _at_once_with(self, others: Sequence[object]) -> AbstractContextManager[object]:
+        """Return the transaction around a statement and what it does to *others*; alone, it is one by itself."""
+        return self._connection.transaction() if others else nullcontext()
 
     def _supersede(self, accepted: Sequence[ChangeRecord]) -> None:
         if accepted:
@@ -434,9 +441,29 @@ def _added(first: Settlement, then: Settlement) -> Settlement:
     )
 
 
-def _array(ids: Sequence[int]) -> str:
-    """Return *ids* as Postgres writes an array: in one piece, for psycopg would look at each."""
-    return "{" + msgspec.json.encode(ids)[1:-1].decode() + "}"
+def _array(values: Sequence[int | float | None]) -> str:
+    """Return numbers or truth values as Postgres writes an array: in one piece, for psycopg would look at each.
+
+    JSON has the same words for them; of texts it would be another matter.
+    """
+    return "{" + msgspec.json.encode(values)[1:-1].decode() + "}"
+
+
+def _array_of_uuids(values: Sequence[UUID]) -> str:
+    return "{" + ",".join([value.hex for value in values]) + "}"
+
+
+def _named(names: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Return each of *names* once, and as an array where among these each is, counted from 1."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(names), 1)}
+    return list(places), _array(list(map(places.__getitem__, names)))
+
+
+def _ids_of(settlement: Settlement) -> Sequence[int]:
+    """Return all ids that it names."""
+    if not (settlement.filtered or settlement.dead):
+        return change_ids(settlement.accepted)
+    return [*change_ids(settlement.accepted), *change_ids(settlement.filtered), *map(_id_of_dead, settlement.dead)]
 
 
 def _id_of_dead(record: DeadRecord) -> int:
@@ -447,10 +474,11 @@ def _ranges(ids: Sequence[int]) -> list[_Range]:
     """Return *ids* as ranges, by their first and last; an id that is there twice is in two of them."""
     if not ids:
         return []
-    first, number = ids[0], len(ids)
-    if ids == list(range(first, first + number)):  # a batch, or a window, of changes in a row, as it nearly always is
-        return [(first, first + number - 1)]
     ordered = sorted(ids)
+    number = len(ids)
+    first, last = ordered[0], ordered[-1]
+    if last - first == number - 1 and len(set(ids)) == number:  # a batch, or a window, of changes in a row, as mostly
+        return [(first, last)]
     steps = map(operator.sub, islice(ordered, 1, None), ordered)
     begins = [0, *compress(count(1), map((1).__ne__, steps))]
     ends = [*(place - 1 for place in begins[1:]), -1]

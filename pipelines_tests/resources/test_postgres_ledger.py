@@ -191,6 +191,29 @@ def test_texts_that_postgres_cannot_hold_are_kept_as_far_as_they_can_be(subject:
     assert [row[2] for row in letters] == [None, None]
 
 
+def test_nothing_is_dead_without_its_dead_letter(subject: PostgresSubject) -> None:
+    """They are two statements: if the second fails, as here for what is there already, the first was none."""
+    for _ in range(2):
+        subject.append()
+    with subject.open("crm") as crm:
+        claimed, pending = read(crm).records
+        (batch_id,) = crm.claim(Window(claims=[claim_of(claimed)]))
+        for change in (claimed, pending):
+            subject.rows(
+                "insert into distributary.dead_letter (target, change_id, stream, key, operation, reason)"
+                " values ('crm', %s, 'customers', '1', 'update', '') returning 1",
+                change.change_id,
+            )
+
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            crm.settle([Settlement(batch_id=batch_id, dead=[DeadRecord(change=claimed, reason="422")])])
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            crm.claim(Window(dead=[DeadRecord(change=pending, reason="cannot be rendered")]))
+
+        assert subject.claimed_ids("crm") == {claimed.change_id}
+        assert ids(read(crm).records) == [pending.change_id]
+
+
 def test_a_conflict_leaves_the_connection_usable(subject: PostgresSubject) -> None:
     subject.append()
     with subject.open("crm") as crm:
