@@ -4,7 +4,6 @@ import operator
 from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from itertools import accumulate, compress, count, groupby, islice, pairwise
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -428,7 +427,7 @@ def _by_batch(settlements: Sequence[Settlement]) -> Sequence[Settlement]:
 
 
 def _added(first: Settlement, then: Settlement) -> Settlement:
-    return replace(
+    return msgspec.structs.replace(
         then,
         accepted=[*first.accepted, *then.accepted],
         dead=[*first.dead, *then.dead],

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 from uuid import UUID
 
+import msgspec
 import tenacity
 
 from pipelines.changes.record import ChangeRecord, picked
@@ -224,7 +225,7 @@ class Sender:
         parts = [part.pick(positions) for positions in pieces]
         claims = [
             claim_of(
-                replace(batch, operation=one.operation, changes=one.changes, fragments=one.fragments),
+                msgspec.structs.replace(batch, operation=one.operation, changes=one.changes, fragments=one.fragments),
                 log_id=self._log_id,
                 target=self._target,
             )
