@@ -5,11 +5,14 @@ from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from itertools import accumulate, compress, count, groupby, islice, pairwise
+from struct import pack
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 import psycopg
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int8BinaryLoader
 
@@ -39,6 +42,7 @@ from resources.sql import statements
 
 _LONGEST_TEXT = 2000
 _IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 10, 128, 1_000_000
+_INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
 
@@ -159,6 +163,7 @@ class PostgresTargetLedger(TargetLedger):
     """One target's ledger on the connection that holds its lock."""
 
     def __init__(self, connection: psycopg.Connection, target: str, *, run_id: str) -> None:
+        connection.adapters.register_dumper(_Ids, _IdsDumper)
         self._connection = connection
         self._target = target
         self._run_id = run_id
@@ -299,7 +304,7 @@ class PostgresTargetLedger(TargetLedger):
                 firsts=_array(firsts),
                 lasts=_array(lasts),
                 keys=_array_of_uuids([claim.idempotency_key for claim in window.claims]),
-                members=_array(members),
+                members=_Ids(members),
                 claimed=_multirange(claimed),
                 settled=_multirange(settled),
                 superseded=len(window.superseded),
@@ -323,7 +328,7 @@ class PostgresTargetLedger(TargetLedger):
             firsts=firsts,
             lasts=lasts,
             keys=[part.idempotency_key for part in parts],
-            members=_array(members),
+            members=_Ids(members),
         ).fetchone()
         if row is None or row[0] is None:
             raise LedgerConflict(f"{self._target}: the parts are not what is still claimed of batch {batch_id}.")
@@ -368,7 +373,7 @@ class PostgresTargetLedger(TargetLedger):
         if accepted:
             self._execute(
                 "supersede",
-                change_ids=_array(change_ids(accepted)),
+                change_ids=_Ids(change_ids(accepted)),
                 streams=list(streams(accepted)),
                 record_keys=list(keys(accepted)),
             )
@@ -438,6 +443,54 @@ def _added(first: Settlement, then: Settlement) -> Settlement:
         seconds=first.seconds if then.seconds is None else then.seconds,
         error=first.error if then.error is None else then.error,
     )
+
+
+class _Ids:
+    """Many change ids, to be sent as Postgres takes an array in its binary form.
+
+    To read that takes it a quarter of the time of text.
+    """
+
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = ids
+
+
+class _IdsDumper(Dumper):
+    """Has psycopg send `_Ids`."""
+
+    format = Format.BINARY
+    oid = psycopg.postgres.types["int8"].array_oid
+
+    def dump(self, obj: _Ids) -> bytes:
+        ids = obj.ids
+        number = len(ids)
+        if not number:
+            return pack(">iii", 0, 0, _INT8)
+        return pack(">iiiii", 1, 0, _INT8, number, 1) + _elements(ids)
+
+
+def _elements(ids: Sequence[int]) -> bytearray:
+    """Return *ids* as the elements of a binary array: eight bytes each, and before them that they are eight.
+
+    MessagePack is the fastest way there: of large numbers, each is a tag and then its bytes. If not all have one width,
+    as some are small, `struct` takes four times as long.
+    """
+    number = len(ids)
+    packed = msgspec.msgpack.encode(ids)
+    head = 1 if number < 1 << 4 else 3 if number < 1 << 16 else 5
+    if packed[head::5] == b"\xce" * number:
+        start, step, width = head + 1, 5, 4
+    elif packed[head::9] == b"\xcf" * number:
+        start, step, width = head + 1, 9, 8
+    else:
+        packed = pack(f">{number}q", *ids)
+        start, step, width = 0, 8, 8
+    elements = bytearray(b"\0\0\0\x08\0\0\0\0\0\0\0\0") * number
+    for place in range(width):
+        elements[12 - width + place :: 12] = packed[start + place :: step]
+    return elements
 
 
 def _array(values: Sequence[int | float | None]) -> str:

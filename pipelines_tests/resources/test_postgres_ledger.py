@@ -27,7 +27,7 @@ from pipelines_tests.contracts.ledgers import (
     left_over,
     read,
 )
-from resources.postgres_ledger import PostgresTargetLedger, _in_order
+from resources.postgres_ledger import PostgresTargetLedger, _Ids, _in_order
 from resources.sql import statements
 
 
@@ -155,6 +155,40 @@ def test_a_lock_of_another_database_or_another_use_is_not_ours(subject: Postgres
     assert [found.held for found in subject.ledger.owed({"crm": []})] == [False]
     with subject.open("crm"):
         assert [found.held for found in subject.ledger.owed({"crm": []})] == [True]
+
+
+# --- ids, in binary ---------------------------------------------------------------------------------------------------
+
+_WORD, _LONG = 2**16, 2**32
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([], id="none"),
+        pytest.param([1], id="one"),
+        pytest.param([_LONG], id="one large one"),
+        pytest.param(list(range(1, 201)), id="small"),
+        pytest.param(list(range(_WORD - 20, _WORD + 20)), id="around two bytes"),
+        pytest.param(list(range(_WORD, _WORD + 15)), id="a few"),
+        pytest.param(list(range(_WORD, _WORD + 16)), id="a few more"),
+        pytest.param(list(range(10_000_000, 10_070_000)), id="many"),
+        pytest.param(list(range(_LONG - 20, _LONG + 20)), id="around four bytes"),
+        pytest.param([*range(_LONG - 1, _LONG - 41, -1), *range(_WORD, 2**31, 2**25)], id="not in order"),
+        pytest.param([_LONG + n * 10**15 for n in range(9_000)], id="very large"),
+        pytest.param([2**63 - 1] * 20, id="the largest"),
+        pytest.param([1, _LONG] * 10, id="of several widths, and as long as if they had one"),
+        pytest.param([0, -1, -_WORD, -(2**63)], id="not ids at all"),
+    ],
+)
+def test_ids_are_sent_as_they_are(ids: list[int], database: str) -> None:
+    with psycopg.connect(database) as connection:
+        PostgresTargetLedger(connection, "crm", run_id="")
+        (found,) = connection.execute("select %s::bigint[]", [_Ids(ids)]).fetchone() or ()
+        (empty,) = connection.execute("select %s = '{}'::bigint[]", [_Ids(ids)]).fetchone() or ()
+
+    assert found == ids
+    assert empty == (not ids)
 
 
 # --- what a target says -----------------------------------------------------------------------------------------------
