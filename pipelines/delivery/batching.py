@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import msgspec
+
 from pipelines.changes.record import ChangeRecord, keys, picked
 from pipelines.delivery.outcome import OperationKind
 from pipelines.delivery.routing import Route, RouteOperation
@@ -16,8 +18,7 @@ from pipelines.delivery.routing import Route, RouteOperation
 _MaxRecordsOf = Callable[[Route, RouteOperation], int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Changes that go out in one request, with what was rendered of each."""
 
     lane: int

@@ -570,14 +570,10 @@ class _Loop:
     def _write_down(self, settlements: Sequence[Settlement]) -> None:
         self._ledger.settle(settlements)
         self._touched_at = self._committed_at = self._clock.monotonic()
-        now = self._clock.now()
         for settlement in settlements:
             if settlement.dead and self._blocking:
                 self._holds.written_down(_refused(settlement.dead), last_batch=self._last_batch)
-            self._recorder.count("accepted", settlement.accepted)
-            self._recorder.count("filtered", settlement.filtered)
-            self._recorder.bury(settlement.dead)
-            self._recorder.lag(now, settlement.accepted)
+        self._recorder.settled(settlements, now=self._clock.now())
         self._on_progress(self._recorder)
 
     def _sender(self) -> tuple[Sender, TargetClient]:

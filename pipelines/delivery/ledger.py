@@ -16,6 +16,8 @@ from datetime import datetime
 from typing import Literal
 from uuid import UUID
 
+import msgspec
+
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.outcome import DeadRecord, OperationKind
 
@@ -97,8 +99,7 @@ class PendingWindow:
     """Every id up to this one is either in `records`, or settled or claimed, or will never be seen."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A batch about to be written down."""
 
     lane: int
@@ -140,8 +141,7 @@ class Upcoming:
         return [*(change for left in self.leftovers for change in left.changes), *self.pending]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a claimed batch. Members named nowhere stay claimed, and the batch with them."""
 
     batch_id: int

@@ -4,17 +4,21 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from math import ceil
+from functools import lru_cache
+from math import ceil, log, log1p
 from random import Random
 from typing import Literal
 
 from pipelines.changes.record import ChangeRecord, instant_of, instants, streams, time_of
+from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.outcome import DeadRecord
 
 _LAGS_OF_A_BATCH = 4
 _MOST_REASONS = 20
+_MICROSECONDS_OF_A_DAY = 86_400_000_000
 OTHER_REASONS = "other reasons"
 
+_Count = Literal["accepted", "superseded", "filtered"]
 End = Literal["caught_up", "deferred", "paused", "stopped", "held", "failed"]
 
 
@@ -58,21 +62,35 @@ class DrainReport:
 
 
 class Sample:
-    """A fair sample of a stream of numbers, in constant memory (Vitter's algorithm R, 1985)."""
+    """A fair sample of a stream of numbers, in constant memory and little time (Li's algorithm L, 1994)."""
 
     def __init__(self, *, size: int = 2000, seed: int = 1) -> None:
         self._size = size
         self._random = Random(seed)
         self._seen = 0
         self._kept: list[float] = []
+        self._next = size + 1
+        """Which number is the next to be kept: how many are passed over is drawn, not whether each is."""
+        self._share = 1.0
 
     def add(self, value: float) -> None:
         """Take *value* into account."""
         self._seen += 1
-        if len(self._kept) < self._size:
-            self._kept.append(value)
-        elif (place := int(self._random.random() * self._seen)) < self._size:  # `randrange` takes ten times as long
-            self._kept[place] = value
+        if self._seen < self._next:
+            if self._seen <= self._size:
+                self._kept.append(value)
+                if self._seen == self._size:
+                    self._skip()
+            return
+        self._kept[int(self._random.random() * self._size)] = value  # `randrange` takes ten times as long
+        self._skip()
+
+    def _skip(self) -> None:
+        self._share *= self._above_zero() ** (1 / self._size)
+        self._next = self._seen + 1 + int(log(self._above_zero()) / log1p(-self._share))
+
+    def _above_zero(self) -> float:
+        return 1.0 - self._random.random()
 
     def quantile(self, fraction: float) -> float | None:
         """Return the value that *fraction* of the sample does not exceed (nearest rank); None if there is none."""
@@ -93,28 +111,42 @@ class Recorder:
         self.requests = 0
         self.retries = 0
 
-    def count(self, name: Literal["accepted", "superseded", "filtered"], changes: Sequence[ChangeRecord]) -> None:
+    def settled(self, settlements: Sequence[Settlement], *, now: datetime) -> None:
+        """Add what became of batches, each of one stream, and how long some of their changes took until *now*."""
+        until = instant_of(now)
+        for settlement in settlements:
+            if accepted := settlement.accepted:
+                made_at = instants(accepted)
+                self._count("accepted", made_at, streams(accepted)[0])
+                for instant in made_at[:: max(1, len(made_at) // _LAGS_OF_A_BATCH)]:
+                    # The clocks of two machines: a change cannot have been delivered before it was made.
+                    self.lags.add(max(0.0, (until - instant) / 1e6))
+            if settlement.filtered:
+                self.count("filtered", settlement.filtered)
+            if settlement.dead:
+                self.bury(settlement.dead)
+
+    def count(self, name: _Count, changes: Sequence[ChangeRecord]) -> None:
         """Add *changes* to one count of their streams and days."""
-        if not changes:
-            return
         made_at, of_streams = instants(changes), streams(changes)
-        first, last = _day_of(min(made_at)), _day_of(max(made_at))
-        if first == last and len(set(of_streams)) == 1:  # as a batch nearly always is
-            self._add(name, of_streams[0], first, len(changes))
+        if len(set(of_streams)) == 1:
+            self._count(name, made_at, of_streams[0])
             return
         for stream, instant in zip(of_streams, made_at, strict=True):
             self._add(name, stream, _day_of(instant), 1)
 
-    def _add(self, name: str, stream: str, day: date, number: int) -> None:
-        tally = self.tallies[(stream, day)]
-        setattr(tally, name, getattr(tally, name) + number)
+    def _count(self, name: _Count, made_at: Sequence[int], stream: str) -> None:
+        ordered = sorted(made_at)  # as they nearly are: then it takes less than to look for the first and the last
+        day = _day_of(ordered[0])
+        if day == _day_of(ordered[-1]):  # as of a batch it nearly always is
+            self._add(name, stream, day, len(ordered))
+            return
+        for instant in ordered:
+            self._add(name, stream, _day_of(instant), 1)
 
-    def lag(self, now: datetime, accepted: Sequence[ChangeRecord]) -> None:
-        """Take into account how long some of a batch's changes took: a few stand for all."""
-        until = instant_of(now)
-        for instant in instants(accepted)[:: max(1, len(accepted) // _LAGS_OF_A_BATCH)]:
-            # The clocks of two machines: a change cannot have been delivered before it was made.
-            self.lags.add(max(0.0, (until - instant) / 1e6))
+    def _add(self, name: _Count, stream: str, day: int, number: int) -> None:
+        tally = self.tallies[(stream, _date_of(day))]
+        setattr(tally, name, getattr(tally, name) + number)
 
     def bury(self, dead: Sequence[DeadRecord]) -> None:
         """Add dead letters, by their reasons."""
@@ -125,8 +157,13 @@ class Recorder:
             self.refusals[record.reason if known else OTHER_REASONS] += 1
 
     def _tally_of(self, change: ChangeRecord) -> Tally:
-        return self.tallies[(change.stream, _day_of(change.instant))]
+        return self.tallies[(change.stream, _date_of(_day_of(change.instant)))]
 
 
-def _day_of(instant: int) -> date:
-    return time_of(instant).date()
+def _day_of(instant: int) -> int:
+    return instant // _MICROSECONDS_OF_A_DAY
+
+
+@lru_cache
+def _date_of(day: int) -> date:
+    return time_of(day * _MICROSECONDS_OF_A_DAY).date()

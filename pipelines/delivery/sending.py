@@ -266,7 +266,7 @@ class Sender:
         parts = [part.pick(positions) for positions in pieces]
         claims = [
             claim_of(
-                replace(batch, operation=one.operation, changes=one.changes, fragments=one.fragments),
+                msgspec.structs.replace(batch, operation=one.operation, changes=one.changes, fragments=one.fragments),
                 log_id=self._log_id,
                 target=self._target,
             )

@@ -6,12 +6,14 @@ from dataclasses import replace
 from datetime import timedelta
 from random import Random
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from pipelines.changes.record import ChangeRecord
 from pipelines.delivery.ledger import (
     LONG_TAIL,
+    Claim,
     LedgerConflict,
     PendingWindow,
     Settlement,
@@ -559,6 +561,31 @@ def test_the_last_answer_of_a_batch_is_kept(subject: Subject, crm: TargetLedger)
     assert (row.state, row.attempts, row.status, row.error) == ("settled", 4, 200, "503")
 
 
+def test_what_each_of_many_batches_was_told_is_kept(subject: Subject, crm: TargetLedger) -> None:
+    """One was accepted, one failed in odd words, one was not even sent; written down at once."""
+    for key in "abcd":
+        subject.append(key=key)
+    one, two, three, four = read(crm).records
+    claims = [claim_of(one), claim_of(two, three), claim_of(four)]
+    filtered, unanswered, accepted = crm.claim(Window(claims=claims))
+
+    crm.settle(
+        [
+            Settlement(batch_id=accepted, accepted=[four], attempts=2, status=200, seconds=0.25),
+            Settlement(batch_id=unanswered, set_aside=True, attempts=3, error='a "b", {c}\\ \u2603\n'),
+            Settlement(batch_id=filtered, filtered=[one]),
+        ]
+    )
+
+    told = {row.batch_id: (row.state, row.accepted, row.attempts, row.status, row.error) for row in subject.batches()}
+    assert told == {
+        filtered: ("settled", 0, 0, None, None),
+        unanswered: ("claimed", 0, 3, None, 'a "b", {c}\\ \u2603\n'),
+        accepted: ("settled", 1, 2, 200, None),
+    }
+    assert [leftover.set_aside for leftover in left_over(crm)] == [1]
+
+
 # --- leftovers --------------------------------------------------------------------------------------------------------
 
 
@@ -583,6 +610,33 @@ def test_leftovers_are_what_was_claimed_as_it_was_claimed(subject: Subject) -> N
         assert [leftover.lane for leftover in leftovers] == [2, 1, 2]
         assert {(leftover.stream, leftover.operation) for leftover in leftovers} == {("customers", "upsert")}
         assert read(crm).records == []
+
+
+def test_leftovers_have_the_stream_the_operation_and_the_key_of_their_claims(subject: Subject) -> None:
+    """Each its own, of many in one window, and whatever a table is called."""
+    subject.ledger.register({"crm": "beginning"})
+    written = [
+        (stream, operation, uuid4())
+        for operation in ("upsert", "delete", "insert")
+        for stream in ("customers", 'a,"b"\\{c}', "null", "\N{SNOWMAN}'s", "customers")
+    ]
+    for stream, _, _ in written:
+        subject.append(stream)
+    with subject.open("crm") as crashed:
+        changes = read(crashed).records
+        crashed.claim(
+            Window(
+                claims=[
+                    Claim(lane=0, stream=stream, operation=operation, changes=[change], idempotency_key=key)
+                    for change, (stream, operation, key) in zip(changes, written, strict=True)
+                ]
+            )
+        )
+
+    with subject.open("crm") as crm:
+        found = left_over(crm)
+
+    assert [(left.stream, left.operation, left.idempotency_key) for left in found] == written
 
 
 def test_what_is_told_of_a_batch_in_parts_adds_up_though_it_is_written_at_once(
@@ -855,6 +909,8 @@ def test_claiming_what_is_not_pending_writes_nothing(subject: Subject, crm: Targ
 
     for stranger in (settled, claimed):
         for window in (
+            Window(claims=[claim_of(stranger)], decided_up_to=3),
+            Window(claims=[claim_of(pending), claim_of(stranger)]),
             Window(claims=[claim_of(stranger)], dead=dead, decided_up_to=3),
             Window(superseded=[stranger], dead=dead, decided_up_to=3),
             Window(filtered=[stranger], dead=dead),
@@ -1099,7 +1155,7 @@ def test_a_target_waits_until_it_may_be_tried(subject: Subject, status: str, hou
     subject.ledger.register({"crm": "beginning"})
     subject.append()
     with subject.open("crm") as crm:
-        crm.hold(status=status, reason="why", failed_runs=1, retry_in=None if hours is None else hours * 3600)  # type: ignore[arg-type]
+        crm.hold(status=status, reason="why", failed_runs=1, retry_in=None if hours is None else hours * 3600)
 
     (found,) = subject.ledger.owed({"crm": ["customers"]})
 

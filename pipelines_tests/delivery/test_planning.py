@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,7 +277,7 @@ def lanes_of(plan: Plan) -> list[tuple[int, list[int]]]:
 def in_flight(lane: int, *keys: str) -> dict[str, Batch]:
     """Return keys in flight in one batch on *lane*."""
     (batch,) = planned([change(1)], UPSERTS).batches
-    return dict.fromkeys(keys, replace(batch, lane=lane))
+    return dict.fromkeys(keys, msgspec.structs.replace(batch, lane=lane))
 
 
 def test_what_is_not_in_flight_goes_in_order_to_the_lane_with_the_least_before_it() -> None:

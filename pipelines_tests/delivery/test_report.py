@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from pipelines.changes.record import ChangeRecord, instant_of
+from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.outcome import DeadRecord
 from pipelines.delivery.report import OTHER_REASONS, DrainReport, Recorder, Sample, Tally
 
@@ -30,6 +31,50 @@ def test_counts_are_kept_by_stream_and_day() -> None:
         ("orders", date(2025, 3, 1)): Tally(accepted=1),
         ("customers", date(2025, 3, 2)): Tally(accepted=1),
     }
+
+
+def test_what_became_of_batches_is_counted_by_stream_and_day() -> None:
+    """A batch may hold changes of two days, in whatever order they were made, and end in several ways."""
+    recorder = Recorder()
+    midnight = datetime(2025, 3, 2, tzinfo=UTC)
+    last, first = midnight - timedelta(microseconds=1), midnight
+    before_2000 = datetime(1999, 12, 31, 23, 59, 59, tzinfo=UTC)
+
+    recorder.settled(
+        [
+            Settlement(batch_id=1, accepted=[change(1), change(2), change(3)]),
+            Settlement(batch_id=2, accepted=[change(4, changed_at=at) for at in (first, last, before_2000, first)]),
+            Settlement(
+                batch_id=3,
+                accepted=[change(5, stream="orders", changed_at=first)],
+                filtered=[change(6, stream="orders")],
+                dead=[DeadRecord(change=change(7, stream="orders", changed_at=last), reason="answered 400")],
+            ),
+            Settlement(batch_id=4, attempts=3),
+        ],
+        now=midnight,
+    )
+
+    assert dict(recorder.tallies) == {
+        ("customers", date(2025, 3, 1)): Tally(accepted=4),
+        ("customers", date(2025, 3, 2)): Tally(accepted=2),
+        ("customers", date(1999, 12, 31)): Tally(accepted=1),
+        ("orders", date(2025, 3, 2)): Tally(accepted=1),
+        ("orders", date(2025, 3, 1)): Tally(filtered=1, dead=1),
+    }
+    assert recorder.refusals == {"answered 400": 1}
+
+
+def test_the_lag_is_the_time_from_a_change_to_its_acceptance() -> None:
+    """Of a large batch a few changes stand for all; no clock makes it less than none."""
+    recorder = Recorder()
+    made_at = [NOON - timedelta(seconds=number) for number in range(100)]
+
+    recorder.settled([Settlement(batch_id=1, accepted=[change(1, changed_at=at) for at in made_at])], now=NOON)
+    assert [recorder.lags.quantile(fraction) for fraction in (0.0, 0.5, 1.0)] == [0, 25, 75]
+
+    recorder.settled([Settlement(batch_id=2, accepted=[change(2, changed_at=NOON + timedelta(hours=1))])], now=NOON)
+    assert recorder.lags.quantile(0.0) == 0
 
 
 def test_a_day_is_a_day_in_utc() -> None:
@@ -114,3 +159,25 @@ def test_a_sample_of_a_long_stream_is_fair_and_small() -> None:
     assert len(sample._kept) == 500
     assert sample.quantile(0.5) == pytest.approx(10_000, rel=0.15)
     assert sample.quantile(0.95) == pytest.approx(19_000, rel=0.05)
+
+
+def test_each_number_of_a_stream_is_as_likely_to_be_in_its_sample() -> None:
+    """The first, the last and those between: over many samples, each part of the stream has its share."""
+    parts = [0] * 10
+    for seed in range(200):
+        sample = Sample(size=20, seed=seed)
+        for value in range(1000):
+            sample.add(value)
+        for value in sample._kept:
+            parts[int(value) // 100] += 1
+
+    assert sum(parts) == 4000
+    assert all(340 <= number <= 460 for number in parts)  # 400, give or take three standard deviations
+
+
+def test_a_sample_no_larger_than_its_stream_is_the_stream() -> None:
+    sample = Sample(size=3)
+    for value in (3, 1, 2):
+        sample.add(value)
+
+    assert sorted(sample._kept) == [1, 2, 3]

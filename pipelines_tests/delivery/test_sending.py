@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ class Lane:
         key = claim_of(batch, log_id=LOG_ID, target="api").idempotency_key
         sent = self.sender().send(7, batch, key=key, first=first)
         told = [*self.reported, sent.settlement]
-        whole = replace(
+        whole = msgspec.structs.replace(
             sent.settlement,
             accepted=[one for part in told for one in part.accepted],
             dead=[one for part in told for one in part.dead],

@@ -27,7 +27,7 @@ from pipelines_tests.contracts.ledgers import (
     left_over,
     read,
 )
-from resources.postgres_ledger import PostgresTargetLedger, _in_order
+from resources.postgres_ledger import PostgresTargetLedger, _Ids, _in_order
 from resources.sql import statements
 
 
@@ -157,6 +157,40 @@ def test_a_lock_of_another_database_or_another_use_is_not_ours(subject: Postgres
         assert [found.held for found in subject.ledger.owed({"crm": []})] == [True]
 
 
+# --- ids, in binary ---------------------------------------------------------------------------------------------------
+
+_WORD, _LONG = 2**16, 2**32
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([], id="none"),
+        pytest.param([1], id="one"),
+        pytest.param([_LONG], id="one large one"),
+        pytest.param(list(range(1, 201)), id="small"),
+        pytest.param(list(range(_WORD - 20, _WORD + 20)), id="around two bytes"),
+        pytest.param(list(range(_WORD, _WORD + 15)), id="a few"),
+        pytest.param(list(range(_WORD, _WORD + 16)), id="a few more"),
+        pytest.param(list(range(10_000_000, 10_070_000)), id="many"),
+        pytest.param(list(range(_LONG - 20, _LONG + 20)), id="around four bytes"),
+        pytest.param([*range(_LONG - 1, _LONG - 41, -1), *range(_WORD, 2**31, 2**25)], id="not in order"),
+        pytest.param([_LONG + n * 10**15 for n in range(9_000)], id="very large"),
+        pytest.param([2**63 - 1] * 20, id="the largest"),
+        pytest.param([1, _LONG] * 10, id="of several widths, and as long as if they had one"),
+        pytest.param([0, -1, -_WORD, -(2**63)], id="not ids at all"),
+    ],
+)
+def test_ids_are_sent_as_they_are(ids: list[int], database: str) -> None:
+    with psycopg.connect(database) as connection:
+        PostgresTargetLedger(connection, "crm", run_id="")
+        (found,) = connection.execute("select %s::bigint[]", [_Ids(ids)]).fetchone() or ()
+        (empty,) = connection.execute("select %s = '{}'::bigint[]", [_Ids(ids)]).fetchone() or ()
+
+    assert found == ids
+    assert empty == (not ids)
+
+
 # --- what a target says -----------------------------------------------------------------------------------------------
 
 
@@ -189,6 +223,29 @@ def test_texts_that_postgres_cannot_hold_are_kept_as_far_as_they_can_be(subject:
         assert text.startswith("a\N{REPLACEMENT CHARACTER}b?cxxx")
         assert len(text) == 2000
     assert [row[2] for row in letters] == [None, None]
+
+
+def test_nothing_is_dead_without_its_dead_letter(subject: PostgresSubject) -> None:
+    """They are two statements: if the second fails, as here for what is there already, the first was none."""
+    for _ in range(2):
+        subject.append()
+    with subject.open("crm") as crm:
+        claimed, pending = read(crm).records
+        (batch_id,) = crm.claim(Window(claims=[claim_of(claimed)]))
+        for change in (claimed, pending):
+            subject.rows(
+                "insert into distributary.dead_letter (target, change_id, stream, key, operation, reason)"
+                " values ('crm', %s, 'customers', '1', 'update', '') returning 1",
+                change.change_id,
+            )
+
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            crm.settle([Settlement(batch_id=batch_id, dead=[DeadRecord(change=claimed, reason="422")])])
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            crm.claim(Window(dead=[DeadRecord(change=pending, reason="cannot be rendered")]))
+
+        assert subject.claimed_ids("crm") == {claimed.change_id}
+        assert ids(read(crm).records) == [pending.change_id]
 
 
 def test_a_conflict_leaves_the_connection_usable(subject: PostgresSubject) -> None:

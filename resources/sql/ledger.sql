@@ -45,9 +45,10 @@ select pg_advisory_unlock(1684632436, target_id) from distributary.target_state 
 -- For this session. Without statistics (a new log, a first load) the planner sorts all of the log for each window; and
 -- where it takes such a plan it also compiles it, which takes longer than running it. By hash, no part of a window would
 -- come before all of it is gathered. A window of usual records is to be sorted in memory: in order already, that is next
--- to nothing, and by way of the disk most of what reading it takes.
+-- to nothing, and by way of the disk most of what reading it takes. What is looked up by an id is looked up once: to
+-- remember it pays for nothing.
 select set_config(name, 'off', false)
-from unnest(array['enable_seqscan', 'enable_bitmapscan', 'enable_hashagg', 'jit']) as name
+from unnest(array['enable_seqscan', 'enable_bitmapscan', 'enable_hashagg', 'enable_memoize', 'jit']) as name
 union all
 select set_config('work_mem', '16MB', false)
 where pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('16MB')
@@ -185,35 +186,36 @@ where target = %(target)s
   )
 
 -- name: claim
-with claims as (
-    select b.*
-    from unnest(%(lanes)s::int[], %(streams)s::text[], %(operations)s::text[], %(firsts)s::int[], %(lasts)s::int[],
-                %(keys)s::uuid[]) with ordinality as b (lane, stream, operation, first, last, key, position)
+-- One statement, so that it can be a transaction of its own: no batch is written unless the target takes what is in it.
+with taken as (
+    update distributary.target_state t
+    set claimed = t.claimed + %(claimed)s::int8multirange,
+        settled = t.settled + %(settled)s::int8multirange
+                  + case when %(decided)s::bigint is null then '{}'::int8multirange
+                         else int8multirange(int8range(0, %(decided)s::bigint, '[]'))
+                              - t.claimed - %(claimed)s::int8multirange end,
+        superseded = t.superseded + %(superseded)s,
+        filtered = t.filtered + %(filtered)s,
+        dead = t.dead + %(dead)s,
+        fence_xid = case when %(decided)s::bigint is null then fence_xid end,
+        fence_change_id = case when %(decided)s::bigint is null then fence_change_id end,
+        updated_at = clock_timestamp()
+    where t.target = %(target)s
+      and not (t.settled + t.claimed && %(claimed)s::int8multirange + %(settled)s::int8multirange)
+    returning t.target
 ),
 written as (
     insert into distributary.batch (target, lane, stream, operation, change_ids, idempotency_key, run_id)
-    select %(target)s, lane, stream, operation, (%(members)s::bigint[])[first:last], key, %(run_id)s
-    from claims
-    order by position
+    select t.target, c.lane, (%(streams)s::text[])[c.stream], (%(operations)s::text[])[c.operation],
+           (%(members)s::bigint[])[c.first:c.last], c.key, %(run_id)s
+    from taken t
+    cross join unnest(%(lanes)s::int[], %(stream_each)s::int[], %(operation_each)s::int[], %(firsts)s::int[],
+                      %(lasts)s::int[], %(keys)s::uuid[])
+         with ordinality as c (lane, stream, operation, first, last, key, position)
+    order by c.position
     returning batch_id
-),
-ids as (
-    select %(claimed)s::int8multirange as claimed, %(settled)s::int8multirange as settled
 )
-update distributary.target_state t
-set claimed = t.claimed + ids.claimed,
-    settled = t.settled + ids.settled
-              + case when %(decided)s::bigint is null then '{}'::int8multirange
-                     else int8multirange(int8range(0, %(decided)s::bigint, '[]')) - t.claimed - ids.claimed end,
-    superseded = t.superseded + %(superseded)s,
-    filtered = t.filtered + %(filtered)s,
-    dead = t.dead + %(dead)s,
-    fence_xid = case when %(decided)s::bigint is null then fence_xid end,
-    fence_change_id = case when %(decided)s::bigint is null then fence_change_id end,
-    updated_at = clock_timestamp()
-from ids
-where t.target = %(target)s and not (t.settled + t.claimed && ids.claimed + ids.settled)
-returning (select coalesce(array_agg(batch_id order by batch_id), '{}') from written)
+select coalesce((select array_agg(batch_id order by batch_id) from written), '{}') from taken
 
 -- name: split
 -- Only if the parts hold just what is still claimed of the whole: what is in no batch would never be sent again.
@@ -244,36 +246,30 @@ written as (
 select array_agg(batch_id order by batch_id) from written
 
 -- name: settle
-with results as (
-    select r.*
-    from unnest(%(batch_ids)s::bigint[], %(set_aside)s::bool[], %(decided_each)s::int[], %(accepted_each)s::int[],
-                %(dead_each)s::int[], %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[],
-                %(errors)s::text[])
-         as r (batch_id, set_aside, decided, accepted, dead, attempts, status_code, latency_ms, error)
-),
-ids as (
-    select %(settled)s::int8multirange as settled
-),
-still as materialized (
-    select t.claimed - ids.settled as claimed from distributary.target_state t, ids where t.target = %(target)s
-),
-ended as materialized (
-    -- Not while a member is claimed: a batch that is not in flight is never sent again. If as many members are decided
-    -- at once as there are, none is.
-    select b.batch_id
-    from results r
-    join distributary.batch b on b.batch_id = r.batch_id
-    cross join still
-    where b.target = %(target)s and b.state = 'claimed'
-      and (
-          r.decided = cardinality(b.change_ids)
-          or not exists (select from unnest(b.change_ids) as id where still.claimed @> id)
-      )
+-- One statement, as `claim`. A batch does not end while a member is claimed: one that is not in flight is never sent
+-- again. If as many members are decided at once as there are, none is. (Said twice, for to set both columns from one
+-- subquery takes longer.)
+with taken as (
+    update distributary.target_state t
+    set settled = t.settled + %(settled)s::int8multirange,
+        claimed = t.claimed - %(settled)s::int8multirange,
+        accepted = t.accepted + %(accepted)s,
+        filtered = t.filtered + %(filtered)s,
+        dead = t.dead + %(dead)s,
+        updated_at = clock_timestamp()
+    where t.target = %(target)s and t.claimed @> %(settled)s::int8multirange
+    returning t.claimed
 ),
 written as (
     update distributary.batch b
-    set state = case when e.batch_id is not null then 'settled' else b.state end,
-        finished_at = case when e.batch_id is not null then clock_timestamp() else b.finished_at end,
+    set state = case when b.state = 'claimed'
+                      and (r.decided = cardinality(b.change_ids)
+                           or not exists (select from unnest(b.change_ids) as id where t.claimed @> id))
+                     then 'settled' else b.state end,
+        finished_at = case when b.state = 'claimed'
+                            and (r.decided = cardinality(b.change_ids)
+                                 or not exists (select from unnest(b.change_ids) as id where t.claimed @> id))
+                           then clock_timestamp() else b.finished_at end,
         accepted = b.accepted + r.accepted,
         dead = b.dead + r.dead,
         set_aside = b.set_aside + r.set_aside::int,
@@ -281,19 +277,14 @@ written as (
         status_code = coalesce(r.status_code, b.status_code),
         latency_ms = coalesce(r.latency_ms, b.latency_ms),
         error = coalesce(r.error, b.error)
-    from results r
-    left join ended e on e.batch_id = r.batch_id
+    from taken t
+    cross join unnest(%(batch_ids)s::bigint[], %(set_aside)s::bool[], %(decided_each)s::int[], %(accepted_each)s::int[],
+                      %(dead_each)s::int[], %(attempts)s::int[], %(statuses)s::int[], %(latencies)s::real[],
+                      %(errors)s::text[])
+         as r (batch_id, set_aside, decided, accepted, dead, attempts, status_code, latency_ms, error)
     where b.batch_id = r.batch_id and b.target = %(target)s
 )
-update distributary.target_state t
-set settled = t.settled + ids.settled,
-    claimed = t.claimed - ids.settled,
-    accepted = t.accepted + %(accepted)s,
-    filtered = t.filtered + %(filtered)s,
-    dead = t.dead + %(dead)s,
-    updated_at = clock_timestamp()
-from ids
-where t.target = %(target)s and t.claimed @> ids.settled
+select from taken
 
 -- name: bury
 insert into distributary.dead_letter
