@@ -58,7 +58,7 @@ class Flight:
         self._direct, self.socket, self._unsent = direct, kept, memoryview(data)
         self._secrets, self._timeout, self._arrived = secrets, timeout_seconds, arrived
         self._reading = Reading(limit)
-        self._heard = False
+        self._heard = self._deaf = False
         self._started = time.monotonic()
         self.give_up_at = self._started + timeout_seconds
         """In monotonic seconds: from then on `expire` is due."""
@@ -76,7 +76,8 @@ class Flight:
         except NOT_YET:
             pass
         except OSError:
-            self._unsent = memoryview(b"")  # it may have answered before it had read it all, and closed its ear
+            # It may have answered before it had read it all, and closed its ear.
+            self._unsent, self._deaf = memoryview(b""), True
 
     def read(self) -> Ended | StillOut:
         """Read what there is, or so much that the others should have their turn."""
@@ -107,7 +108,7 @@ class Flight:
     def _answered(self) -> Answer:
         reply, reusable = self._reading.reply()
         self._reading.close()
-        self._direct.ended(reusable=reusable and not self._unsent)
+        self._direct.ended(reusable=reusable and not self._unsent and not self._deaf)
         return answer_of(reply, self._secrets, self._started)
 
     def _broke(self, error: Exception) -> Ended:
