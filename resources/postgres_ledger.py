@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int8BinaryLoader
 
 from pipelines.changes.record import ChangeColumns, ChangeRecord, change_ids, keys, payloads, streams
+from pipelines.changes.texts import JoinedTexts, total_bytes
 from pipelines.delivery.ledger import (
     LONG_TAIL,
     Claim,
@@ -256,20 +257,20 @@ class PostgresTargetLedger(TargetLedger):
         usual = self._usual_bytes
         limit = max_records if usual is None else min(max_records, max_bytes // usual + 1)
         at_once = _IDS_AT_FIRST if usual is None else max(1, min(_IDS_AT_ONCE, _BYTES_AT_ONCE // usual))
-        found: list[list[Any]] = [[] for _ in ChangeRecord._fields]
+        found: list[ChangeColumns] = []
         weight, more = 0, False
         with closing(self._pending(limit, ids_at_once=at_once)) as parts:  # what is left of them is not read
             for changes, more in parts:
-                sizes = list(accumulate(map(len, payloads(changes)), initial=weight))
-                # Up to the one that reaches the bound, and that with it.
-                fit = min(bisect_left(sizes, max_bytes), len(changes))
-                for place, column in enumerate(found):
-                    column += changes.column(place)[:fit]
-                weight = sizes[fit]
+                if weight + total_bytes(payloads(changes)) >= max_bytes:
+                    sizes = accumulate(map(len, payloads(changes)), initial=weight)
+                    # Up to the one that reaches the bound, and that with it.
+                    changes = changes[: bisect_left(list(sizes), max_bytes)]
+                weight += total_bytes(payloads(changes))
+                found.append(changes)
                 if weight >= max_bytes:
                     more = True
                     break
-        records = ChangeColumns(found)
+        records = ChangeColumns.chained(found)
         if records:
             self._usual_bytes = max(1, weight // len(records))
         elif self._in_a_row:  # or there is something, but in a hole
@@ -288,7 +289,8 @@ class PostgresTargetLedger(TargetLedger):
         rows = _with_instants(self._connection.cursor()).stream(statement, parameters, binary=True)
         with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:
             for ids, of_streams, of_keys, operations, texts, made_at, replays, *more in rows:
-                columns = [ids, of_streams, of_keys, operations.split(","), texts.split(b"\x01"), made_at, replays]
+                joined = JoinedTexts([texts], [len(ids)])
+                columns = [ids, of_streams, of_keys, operations.split(","), joined, made_at, replays]
                 yield _in_order(ChangeColumns(columns)), any(more)
 
     def _set_fence(self, *, read: str) -> None:

@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from uuid import UUID
 
 from pipelines.changes.record import ChangeRecord, keys, payloads, streams
+from pipelines.changes.texts import total_bytes
 from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.breaker import Breaker
 from pipelines.delivery.clock import Clock
@@ -177,7 +178,7 @@ class _Work:
     """By which it counts towards the window."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes", sum(map(len, payloads(self.batch.changes))))
+        object.__setattr__(self, "bytes", total_bytes(payloads(self.batch.changes)))
 
 
 @dataclass(frozen=True, slots=True)
