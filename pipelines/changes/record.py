@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+from pipelines.changes.texts import JoinedTexts
 
 Operation = Literal["insert", "update", "delete", "snapshot"]
 
@@ -42,6 +45,9 @@ class ChangeRecord(NamedTuple):
     def changed_at(self) -> datetime:
         """When it was made, in UTC."""
         return time_of(self.instant)
+
+
+_PAYLOAD = ChangeRecord._fields.index("payload")
 
 
 def original_id(change: ChangeRecord) -> int:
@@ -85,6 +91,16 @@ class ChangeColumns(Sequence[ChangeRecord]):
     def __repr__(self) -> str:
         return f"ChangeColumns({list(self)!r})"
 
+    @classmethod
+    def chained(cls, parts: Sequence["ChangeColumns"]) -> "ChangeColumns":
+        """Return all that is in *parts*, one after another, with their payloads joined."""
+        columns: list[Sequence[Any]] = [
+            list(chain.from_iterable(part.column(place) for part in parts)) if place != _PAYLOAD else ()
+            for place in range(len(ChangeRecord._fields))
+        ]
+        columns[_PAYLOAD] = JoinedTexts.of([part.column(_PAYLOAD) for part in parts])
+        return cls(columns)
+
     def column(self, place: int) -> Sequence[Any]:
         """Return the field at *place* of all."""
         return self._columns[place]
@@ -105,6 +121,8 @@ def picked(items: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
     """Return those of *items* that are at *places*, in the order of these."""
     if isinstance(items, ChangeColumns):
         return items.pick(places)
+    if isinstance(items, JoinedTexts):
+        items = list(items)  # taken apart once
     return list(map(items.__getitem__, places))
 
 

@@ -11,7 +11,8 @@ from itertools import accumulate
 
 import msgspec
 
-from pipelines.changes.record import ChangeRecord, keys, picked
+from pipelines.changes.record import ChangeRecord, keys, payloads, picked
+from pipelines.changes.texts import total_bytes
 from pipelines.delivery.outcome import OperationKind
 from pipelines.delivery.routing import Route, RouteOperation
 
@@ -74,13 +75,13 @@ def cut(
         apart, free = _by_lane_in_flight(changes, in_flight, lanes=len(burden))
         parts = [(lane, picked(changes, places), picked(fragments, places)) for lane, places in apart.items()]
         yield from (
-            _batch(lane, route, operation, some[piece], theirs[piece], burden)
+            _batch(lane, route, operation, *piece, burden)
             for lane, some, theirs in parts
-            for piece in _pieces(operation, theirs, max_records)
+            for piece in _pieces(operation, some, theirs, max_records)
         )
         changes, fragments = picked(changes, free), picked(fragments, free)
-    for piece in _pieces(operation, fragments, max_records):
-        yield _batch(burden.least(), route, operation, changes[piece], fragments[piece], burden)
+    for piece in _pieces(operation, changes, fragments, max_records):
+        yield _batch(burden.least(), route, operation, *piece, burden)
 
 
 def _batch(
@@ -107,17 +108,21 @@ def _by_lane_in_flight(
     return apart, free
 
 
-def _pieces(operation: RouteOperation, fragments: Sequence[bytes], max_records: int) -> Iterator[slice]:
+def _pieces(
+    operation: RouteOperation, changes: Sequence[ChangeRecord], fragments: Sequence[bytes], max_records: int
+) -> Iterator[tuple[Sequence[ChangeRecord], Sequence[bytes]]]:
     """Yield the parts that fit into a request each. A record that is too large for any is a part of its own."""
     room = operation.max_bytes - operation.overhead_bytes + 1  # a separator is between two: one less than fragments
+    as_they_are = fragments is payloads(changes)
     start = 0
     while start < len(fragments):
-        piece = fragments[start : start + max_records]
-        number = len(piece)
-        if sum(map(len, piece)) + number > room:
-            number = max(1, bisect_right(list(accumulate(len(one) + 1 for one in piece)), room))
-        yield slice(start, start + number)
-        start += number
+        some = changes[start : start + max_records]
+        theirs = payloads(some) if as_they_are else fragments[start : start + max_records]
+        if total_bytes(theirs) + len(theirs) > room:
+            number = max(1, bisect_right(list(accumulate(len(one) + 1 for one in theirs)), room))
+            some, theirs = some[:number], theirs[:number]
+        yield some, theirs
+        start += len(theirs)
 
 
 @dataclass(slots=True)

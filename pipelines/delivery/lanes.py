@@ -16,6 +16,7 @@ from uuid import UUID
 import msgspec
 
 from pipelines.changes.record import payloads
+from pipelines.changes.texts import total_bytes
 from pipelines.delivery.batching import Batch
 from pipelines.delivery.clock import Clock
 from pipelines.delivery.ledger import Settlement
@@ -42,7 +43,7 @@ class Work(msgspec.Struct, eq=False):
 
     def __post_init__(self) -> None:
         """Count the bytes."""
-        self.bytes = sum(map(len, payloads(self.batch.changes)))
+        self.bytes = total_bytes(payloads(self.batch.changes))
 
 
 class Told(msgspec.Struct, frozen=True, eq=False):

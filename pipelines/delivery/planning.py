@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import cast
 from uuid import UUID
 
-from pipelines.changes.record import ChangeRecord, Operation, keys, operations, picked, streams
+from pipelines.changes.record import ChangeRecord, Operation, change_ids, keys, operations, picked, streams
 from pipelines.delivery.batching import Batch, Burden, KeyedBatcher, Lanes, cut
 from pipelines.delivery.holding import Key, key_of
 from pipelines.delivery.idempotency import idempotency_key
@@ -93,7 +93,7 @@ def plan_window(
         else:
             planned.append(planning.batches(route, records))
     # In the order of their first changes, but those of one stream as they are: a lane's are to go in that order.
-    batches = list(merge(*planned, key=lambda batch: batch.changes[0].change_id))
+    batches = list(merge(*planned, key=_first_id))
     window = Window(
         claims=[claim_of(batch, log_id=log_id, target=target) for batch in batches],
         superseded=planning.superseded,
@@ -102,6 +102,10 @@ def plan_window(
         decided_up_to=pending.decided_up_to,
     )
     return Plan(window=window, batches=batches)
+
+
+def _first_id(batch: Batch) -> int:
+    return change_ids(batch.changes)[0]
 
 
 def _by_stream(records: Sequence[ChangeRecord]) -> Iterable[tuple[str, Sequence[ChangeRecord]]]:
@@ -166,7 +170,7 @@ class _Planning:
                 burden=self.burden,
             )
         # No key is in two of them, so they may go in the order of the ids.
-        return sorted(batches, key=lambda batch: batch.changes[0].change_id)
+        return sorted(batches, key=_first_id)
 
     def _render_all(
         self, route: Route, operation: RouteOperation, changes: Sequence[ChangeRecord]

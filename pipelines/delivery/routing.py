@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from pipelines.changes.record import ChangeRecord, Operation, keys, original_id, payloads
+from pipelines.changes.texts import joined
 from pipelines.delivery.config import (
     Format,
     Mode,
@@ -198,7 +199,7 @@ class RouteOperation:
         path = (self._path.render(changes[0]) if same is None else same).decode("ascii")
         if not self._has_body:
             return HttpRequest(method=self._method, path=path)
-        body = self._prefix + self._separator.join(fragments) + self._suffix
+        body = self._prefix + joined(fragments, self._separator) + self._suffix
         if self._compress:
             # No time in the header, or a repeat would not be the same bytes.
             body = gzip.compress(body, compresslevel=6, mtime=0)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.changes.record import ChangeRecord, Operation
+from pipelines.changes.record import ChangeColumns, ChangeRecord, Operation
+from pipelines.changes.texts import JoinedTexts
 from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Leftover, PendingWindow
@@ -36,13 +37,24 @@ def planned(
     decided_up_to: int | None = None,
 ) -> Plan:
     return plan_window(
-        PendingWindow(records=list(records), complete=True, decided_up_to=decided_up_to),
+        PendingWindow(
+            records=records if isinstance(records, ChangeColumns) else list(records),
+            complete=True,
+            decided_up_to=decided_up_to,
+        ),
         log_id=LOG_ID,
         target="api",
         routes=routes,
         lanes=lanes if isinstance(lanes, Lanes) else Lanes(records=[0] * lanes),
         max_records_of=lambda _, operation: min(operation.max_records, at_most or operation.max_records),
     )
+
+
+def in_columns(records: Sequence[ChangeRecord], *, at_once: int = 100) -> ChangeColumns:
+    """Return *records* as they are read: column by column, so many payloads in one piece."""
+    starts = range(0, len(records), at_once)
+    parts = [records[start : start + at_once] for start in starts]
+    return ChangeColumns.chained([ChangeColumns([list(one) for one in zip(*part, strict=True)]) for part in parts])
 
 
 def sent(plan: Plan) -> list[tuple[str, list[int]]]:
@@ -444,6 +456,35 @@ def test_a_plan_is_whole_ordered_and_within_its_bounds(
             last_sent[(one.stream, one.key)] = (batch.lane, one.change_id)
 
     assert plan == planned(records, routes, lanes=lanes, at_most=at_most)
+    assert plan == planned(in_columns(records), routes, lanes=lanes, at_most=at_most)
+
+
+@pytest.mark.parametrize("body", [{}, {"format": "ndjson"}, {"compress": "gzip"}])
+@pytest.mark.parametrize("max_bytes", [10**6, 3_000, 1_500])
+@pytest.mark.parametrize("max_records", [1, 7, 40, 64, 100, 150, 250])
+@pytest.mark.parametrize("missing", [(), (3,), (70, 71, 72, 180)])
+def test_what_is_read_in_pieces_is_sent_in_the_same_bytes(
+    body: Any, max_bytes: int, max_records: int, missing: Sequence[int]
+) -> None:
+    """Wherever the pieces end, and the requests: a repeat may have been read otherwise."""
+    upsert = {"path": "/rows", "batch": {"max_records": max_records, "max_bytes": max_bytes}, **body}
+    routes = routes_of(customers={"upsert": upsert})
+    records = [change(i, f"k{i}", payload=b'{"id": %d}' % i * (i % 5 + 1)) for i in range(1, 300) if i not in missing]
+
+    plan, kept = planned(records, routes, lanes=3), planned(in_columns(records), routes, lanes=3)
+
+    assert kept == plan
+    for one, other in zip(kept.batches, plan.batches, strict=True):
+        assert one.operation.request(one.changes, one.fragments) == other.operation.request(
+            other.changes, other.fragments
+        )
+
+
+def test_what_goes_as_it_is_stays_in_one_piece() -> None:
+    routes = routes_of(customers={"upsert": {"path": "/rows", "batch": {"max_records": 100}}})
+
+    for batch in planned(in_columns([change(i, f"k{i}") for i in range(1, 300)]), routes).batches:
+        assert isinstance(batch.fragments, JoinedTexts)
 
 
 # Leftovers ------------------------------------------------------------------------------------------------------------

@@ -470,9 +470,10 @@ def make_gaps(subject: PostgresSubject, *, gaps: int) -> None:
     )
 
 
+@pytest.mark.parametrize("statement", ["pending", "pending_in_a_row"])
 @pytest.mark.parametrize("gaps", [0, 10_000])
 @pytest.mark.parametrize("analyzed", [True, False])
-def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, analyzed: bool) -> None:
+def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, analyzed: bool, statement: str) -> None:
     """Also on a log that was never analyzed, which else is sorted whole for each window."""
     fill(subject, rows=20_000)
     if gaps:
@@ -482,10 +483,12 @@ def test_pending_is_read_through_the_index(subject: PostgresSubject, gaps: int, 
             connection.execute("analyze distributary.change_log")
         connection.execute(statements("ledger")["read_by_index"])
 
-        found = scans_of_the_log(connection, "pending", target="crm", max_records=1000, ids_at_once=128)
+        found = scans_of_the_log(connection, statement, target="crm", max_records=1000, ids_at_once=100)
 
     assert found == {"Index Scan"}
     with subject.open("crm") as crm:
+        assert isinstance(crm, PostgresTargetLedger)
+        crm._in_a_row = statement == "pending_in_a_row"
         step = 2 if gaps else 1
         assert ids(read(crm, max_records=1000).records) == list(range(1, 1 + 1000 * step, step))
 
@@ -558,10 +561,12 @@ def test_what_is_too_large_to_be_sent_together_is_read_one_by_one(
     fill(subject, rows=30)
     as_it_is = PostgresTargetLedger._pending
 
-    def refused(self: PostgresTargetLedger, max_records: int, *, ids_at_once: int) -> Iterator[ChangeColumns]:
+    def refused(
+        self: PostgresTargetLedger, max_records: int, *, ids_at_once: int
+    ) -> Iterator[tuple[ChangeColumns, bool]]:
         if ids_at_once > 1:
             raise psycopg.errors.ProgramLimitExceeded("string buffer exceeds maximum allowed length")
-        return as_it_is(self, max_records, ids_at_once=ids_at_once)
+        yield from as_it_is(self, max_records, ids_at_once=ids_at_once)
 
     monkeypatch.setattr(PostgresTargetLedger, "_pending", refused)
 

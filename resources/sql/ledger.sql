@@ -167,6 +167,63 @@ from (
 group by p.change_id / %(ids_at_once)s::bigint
 order by p.change_id / %(ids_at_once)s::bigint
 
+-- name: pending_in_a_row
+-- What `pending` gives, without a sort, where nearly every id is one of them: first it is found where the parts begin,
+-- each at a change, then they are gathered one by one as the index gives them. A part is of so many ids, and may be of
+-- fewer changes: so it is said if there is `more` behind. Nothing, if any of it is in a hole: that would have to go before.
+with recursive part as (
+    select null::bigint as first,
+           null::bigint as behind,
+           %(max_records)s::bigint as room,
+           (
+               select l.change_id
+               from distributary.change_log l
+               where l.change_id >= coalesce(upper(s.had), 0)
+                 and (l.target is null or l.target = %(target)s)
+               order by l.change_id
+               limit 1
+           ) as next
+    from (select settled + claimed as had from distributary.target_state where target = %(target)s offset 0) s
+    where not exists (
+        select
+        from unnest(int8multirange(int8range(0, coalesce(upper(s.had), 0))) - s.had) as hole
+        cross join lateral (
+            select
+            from distributary.change_log l
+            where l.change_id >= lower(hole)
+              and l.change_id < upper(hole)
+              and (l.target is null or l.target = %(target)s)
+            order by l.change_id
+            limit 1
+        ) l
+    )
+    union all
+    select p.next,
+           p.next + least(p.room, %(ids_at_once)s),
+           p.room - %(ids_at_once)s,
+           (
+               select l.change_id
+               from distributary.change_log l
+               where l.change_id >= p.next + least(p.room, %(ids_at_once)s)
+                 and (l.target is null or l.target = %(target)s)
+               order by l.change_id
+               limit 1
+           )
+    from part p
+    where p.room > 0 and p.next is not null
+)
+select l.*, p.next is not null as more
+from (select * from part where first is not null order by first) p
+cross join lateral (
+    select array_agg(l.change_id), array_agg(l.stream), array_agg(l.key), string_agg(l.operation, ','),
+           convert_to(string_agg(l.payload::text, E'\x01'), 'UTF8'), array_agg(l.changed_at), array_agg(l.replays)
+    from distributary.change_log l
+    where l.change_id >= p.first
+      and l.change_id < p.behind
+      and (l.target is null or l.target = %(target)s)
+) l
+order by p.first
+
 -- name: last_change_id
 -- The last id that was drawn, by whomever, seen or not; null if none was.
 select case when is_called then last_value end from distributary.change_log_change_id_seq

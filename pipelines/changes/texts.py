@@ -1,0 +1,129 @@
+"""Many texts in few pieces, as Postgres sends a column of them; so a body takes them up without touching each."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import overload
+
+SEPARATOR = b"\x01"
+"""No JSON text holds it (RFC 8259: no blank by §2, escaped by §7)."""
+
+_WORTH_CUTTING = 32
+
+
+class JoinedTexts(Sequence[bytes]):
+    """Texts without `SEPARATOR` in them, joined by it in pieces. They are taken apart where single ones are asked for.
+
+    A slice is joined too, unless it is short. Where it begins or ends within a piece, that piece is cut for good: what
+    begins where it ends finds it cut.
+    """
+
+    __slots__ = ("_held", "_single")
+
+    def __init__(self, pieces: Sequence[bytes], numbers: Iterable[int]) -> None:
+        """Keep *pieces*, each of so many texts, of one at least."""
+        self._held = list(pieces), list(accumulate(numbers, initial=0))
+        self._single: list[bytes] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[bytes]]) -> "JoinedTexts":
+        """Return all that is in *parts*, one after another."""
+        joined = [
+            part if isinstance(part, JoinedTexts) else cls([SEPARATOR.join(part)], [len(part)])
+            for part in parts
+            if part
+        ]
+        numbers = [end - begin for one in joined for begin, end in pairwise(one._held[1])]
+        return cls([piece for one in joined for piece in one._held[0]], numbers)
+
+    def __len__(self) -> int:
+        return self._held[1][-1]
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        if not isinstance(index, slice):
+            if index == 0 and len(self):  # every request asks what its first record is
+                piece: bytes = self._held[0][0]
+                return piece[: piece.find(SEPARATOR)] if self._held[1][1] > 1 else piece
+            return self._taken_apart()[index]
+        start, stop, step = index.indices(len(self))
+        if step != 1 or (self._cuts(start, stop) and stop - start < _WORTH_CUTTING):
+            return self._taken_apart()[index]
+        self._cut(start)
+        self._cut(stop)
+        pieces, starts = self._held
+        first, last = bisect_left(starts, start), bisect_left(starts, max(start, stop))
+        found = JoinedTexts.__new__(JoinedTexts)
+        found._held = pieces[first:last], [place - start for place in starts[first : last + 1]]
+        found._single = None
+        return found
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self._single is not None:
+            return iter(self._single)
+        return chain.from_iterable(piece.split(SEPARATOR) for piece in self._held[0])
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, bytes) and any(text == one for one in self)
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether *other* is a sequence of the same texts, kept however."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by what is in it
+
+    def __repr__(self) -> str:
+        return f"JoinedTexts.of([{list(self)!r}])"
+
+    def joined(self, separator: bytes) -> bytes:
+        """Return all of them in one, with *separator* between any two."""
+        return separator.join([piece.replace(SEPARATOR, separator) for piece in self._held[0]])
+
+    def total_bytes(self) -> int:
+        """Return how many bytes all of them have together."""
+        pieces = self._held[0]
+        return sum(map(len, pieces)) - (len(self) - len(pieces))
+
+    def _taken_apart(self) -> list[bytes]:
+        if self._single is None:
+            self._single = list(self)
+        return self._single
+
+    def _cuts(self, *places: int) -> bool:
+        """Say whether one of *places* is within a piece."""
+        starts = self._held[1]
+        return any(starts[bisect_left(starts, place)] != place for place in places)
+
+    def _cut(self, place: int) -> None:
+        """Let a piece end before *place*."""
+        pieces, starts = self._held
+        after = bisect_right(starts, place)
+        begin = starts[after - 1]
+        if begin == place:
+            return
+        whole, head, tail = pieces[after - 1], place - begin, starts[after] - place
+        # Counted from the nearer end: of a long row of ids with a gap here and there, that is near.
+        if head <= tail:
+            right = whole.split(SEPARATOR, head)[-1]
+            left = whole[: -len(right) - 1]
+        else:
+            left = whole.rsplit(SEPARATOR, tail)[0]
+            right = whole[len(left) + 1 :]
+        # In one step: another thread sees it cut or not.
+        self._held = (
+            [*pieces[: after - 1], left, right, *pieces[after:]],
+            [*starts[:after], place, *starts[after:]],
+        )
+
+
+def joined(texts: Sequence[bytes], separator: bytes) -> bytes:
+    """Return *texts* in one, with *separator* between any two."""
+    return texts.joined(separator) if isinstance(texts, JoinedTexts) else separator.join(texts)
+
+
+def total_bytes(texts: Sequence[bytes]) -> int:
+    """Return how many bytes all of *texts* have together."""
+    return texts.total_bytes() if isinstance(texts, JoinedTexts) else sum(map(len, texts))
