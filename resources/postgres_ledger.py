@@ -4,7 +4,7 @@ import operator
 from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from itertools import accumulate, compress, count, groupby, islice, pairwise
+from itertools import accumulate, compress, count, groupby, islice
 from struct import pack
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -309,7 +309,7 @@ class PostgresTargetLedger(TargetLedger):
         settled = _ranges(
             [*change_ids(window.superseded), *change_ids(window.filtered), *map(_id_of_dead, window.dead)]
         )
-        self._refuse_repeats([*claimed, *settled])
+        self._merged([*claimed, *settled])  # no change is in both
         streams_named, place_of_stream = _named([claim.stream for claim in window.claims])
         operations_named, place_of_operation = _named([claim.operation for claim in window.claims])
         with self._at_once_with(window.dead):
@@ -357,9 +357,7 @@ class PostgresTargetLedger(TargetLedger):
 
     def settle(self, settlements: Sequence[Settlement]) -> None:
         dead = [record for s in settlements for record in s.dead]
-        # Batch by batch: of each it is nearly always all, and that one range.
-        settled = [one for s in settlements for one in _ranges(_ids_of(s))]
-        self._refuse_repeats(settled)
+        settled = self._merged(_ranges_of_many([_ids_of(s) for s in settlements]))
         batches = _by_batch(settlements)
         superseding = [change for s in settlements if s.supersedes for change in s.accepted]
         errors = [s.error and _storable(s.error) for s in batches]
@@ -398,11 +396,22 @@ class PostgresTargetLedger(TargetLedger):
                 record_keys=list(keys(accepted)),
             )
 
-    def _refuse_repeats(self, ranges: Sequence[_Range]) -> None:
-        ordered = sorted(ranges)
-        if any(before[1] >= after[0] for before, after in pairwise(ordered)):
-            # As a set it would be settled once, but it would be counted twice and so hide one that is missing.
-            raise LedgerConflict(f"{self._target}: some change is named twice.")
+    def _merged(self, ranges: Sequence[_Range]) -> Sequence[_Range]:
+        """Return *ranges* in order, those next to one another as one: Postgres would compare them one by one.
+
+        Raises LedgerConflict if a change is in two of them.
+        """
+        merged: list[_Range] = []
+        for first, last in sorted(ranges):
+            end = merged[-1][1] if merged else -1
+            if first <= end:
+                # As a set it would be settled once, but it would be counted twice and so hide one that is missing.
+                raise LedgerConflict(f"{self._target}: some change is named twice.")
+            if merged and first == end + 1:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        return merged
 
     def _bury(self, dead: Sequence[DeadRecord]) -> None:
         if not dead:
@@ -542,15 +551,34 @@ def _id_of_dead(record: DeadRecord) -> int:
     return record.change.change_id
 
 
+def _ranges_of_many(batches: Sequence[Sequence[int]]) -> list[_Range]:
+    """Return the ids of *batches* as ranges: of most a batch is one, and those of others often complete one another."""
+    found: list[_Range] = []
+    scattered: list[int] = []
+    for ids in batches:
+        if (one := _in_a_row(ids)) is not None:
+            found.append(one)
+        else:
+            scattered += ids
+    return found + _ranges(scattered)
+
+
+def _in_a_row(ids: Sequence[int]) -> _Range | None:
+    """Return the first and last of *ids* if they are all there are between these, each once."""
+    if not ids:
+        return None
+    ordered, number = sorted(ids), len(ids)
+    first, last = ordered[0], ordered[-1]
+    return (first, last) if last - first == number - 1 and len(set(ids)) == number else None
+
+
 def _ranges(ids: Sequence[int]) -> list[_Range]:
     """Return *ids* as ranges, by their first and last; an id that is there twice is in two of them."""
     if not ids:
         return []
+    if (one := _in_a_row(ids)) is not None:  # a window of changes in a row, as it nearly always is
+        return [one]
     ordered = sorted(ids)
-    number = len(ids)
-    first, last = ordered[0], ordered[-1]
-    if last - first == number - 1 and len(set(ids)) == number:  # a batch, or a window, of changes in a row, as mostly
-        return [(first, last)]
     steps = map(operator.sub, islice(ordered, 1, None), ordered)
     begins = [0, *compress(count(1), map((1).__ne__, steps))]
     ends = [*(place - 1 for place in begins[1:]), -1]

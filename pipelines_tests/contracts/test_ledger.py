@@ -911,6 +911,7 @@ def test_claiming_what_is_not_pending_writes_nothing(subject: Subject, crm: Targ
         for window in (
             Window(claims=[claim_of(stranger)], decided_up_to=3),
             Window(claims=[claim_of(pending), claim_of(stranger)]),
+            Window(claims=[claim_of(pending)], filtered=[stranger]),
             Window(claims=[claim_of(stranger)], dead=dead, decided_up_to=3),
             Window(superseded=[stranger], dead=dead, decided_up_to=3),
             Window(filtered=[stranger], dead=dead),
@@ -935,6 +936,42 @@ def test_a_change_named_twice_is_a_conflict(subject: Subject, crm: TargetLedger)
         crm.settle([Settlement(batch_id=out, accepted=[claimed], dead=[DeadRecord(change=claimed, reason="422")])])
 
     assert (counts(subject), subject.batches(), subject.dead_letters()) == before
+
+
+def test_batches_that_lie_in_one_another_settle_at_once_and_no_change_twice(
+    subject: Subject, crm: TargetLedger
+) -> None:
+    """As those of two streams that are written by turns."""
+    for n in range(9):
+        subject.append(key=str(n))
+    changes = read(crm).records
+    evens, odds, last = changes[0:8:2], changes[1:8:2], changes[8:]
+    first, second, third = crm.claim(Window(claims=[claim_of(*evens), claim_of(*odds), claim_of(*last)]))
+    before = (counts(subject), subject.batches())
+
+    for twice in ([*odds[:3], evens[3]], [*odds[:3], odds[0]], [*odds, last[0]]):
+        with pytest.raises(LedgerConflict, match="twice"):
+            crm.settle(
+                [
+                    Settlement(batch_id=second, accepted=twice),
+                    Settlement(batch_id=third, accepted=last),
+                    Settlement(batch_id=first, accepted=evens),
+                ]
+            )
+    with pytest.raises(LedgerConflict, match="twice"):  # as many as from the first of them to the last
+        crm.settle([Settlement(batch_id=first, accepted=[changes[n] for n in (0, 1, 1, 3)])])
+    assert (counts(subject), subject.batches()) == before
+
+    crm.settle(
+        [
+            Settlement(batch_id=second, accepted=odds[1:]),
+            Settlement(batch_id=third, accepted=last),
+            Settlement(batch_id=first, accepted=evens),
+        ]
+    )
+    assert counts(subject) == {"captured": 9, "accepted": 8, "claimed": 1}
+    assert subject.claimed_ids("crm") == {odds[0].change_id}
+    assert [row.state for row in subject.batches()] == ["settled", "claimed", "settled"]
 
 
 def test_targets_do_not_settle_for_each_other(subject: Subject, crm: TargetLedger) -> None:

@@ -258,7 +258,8 @@ with taken as (
         fence_change_id = case when %(decided)s::bigint is null then fence_change_id end,
         updated_at = clock_timestamp()
     where t.target = %(target)s
-      and not (t.settled + t.claimed && %(claimed)s::int8multirange + %(settled)s::int8multirange)
+      and not (t.settled && %(claimed)s::int8multirange or t.settled && %(settled)s::int8multirange
+               or t.claimed && %(claimed)s::int8multirange or t.claimed && %(settled)s::int8multirange)
     returning t.target
 ),
 written as (
