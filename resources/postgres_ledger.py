@@ -16,8 +16,8 @@ from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int8BinaryLoader
 
-from pipelines.changes.record import ChangeColumns, ChangeRecord, change_ids, keys, payloads, streams
-from pipelines.changes.texts import JoinedTexts, total_bytes
+from pipelines.changes.record import ChangeColumns, ChangeRecord, change_ids, keys, picked, streams
+from pipelines.changes.texts import SEPARATOR, in_pieces
 from pipelines.delivery.ledger import (
     LONG_TAIL,
     Claim,
@@ -42,6 +42,7 @@ from resources.migrate import check_sequence
 from resources.sql import statements
 
 _LONGEST_TEXT = 2000
+_PAYLOAD = ChangeRecord._fields.index("payload")
 _IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 10, 100, 1_000_000
 _INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
@@ -152,12 +153,16 @@ def _with_instants(cursor: _Cursor) -> _Cursor:
     return cursor
 
 
-def _in_order(changes: ChangeColumns) -> ChangeColumns:
-    """Return *changes* by their ids: as they nearly surely are, but Postgres does not promise it of what it gathers."""
-    ids = change_ids(changes)
+def _in_order(columns: list[Any]) -> list[Any]:
+    """Return *columns* by their ids: as they nearly surely are, but Postgres does not promise it of what it gathers."""
+    ids = columns[0]
     if ids == sorted(ids):
-        return changes
-    return changes.pick(sorted(range(len(ids)), key=ids.__getitem__))
+        return columns
+    places = sorted(range(len(ids)), key=ids.__getitem__)
+    columns[_PAYLOAD] = columns[_PAYLOAD].split(SEPARATOR)
+    found: list[Any] = [picked(column, places) for column in columns]
+    found[_PAYLOAD] = SEPARATOR.join(found[_PAYLOAD])
+    return found
 
 
 def _are_in_a_row(ids: Sequence[int]) -> bool:
@@ -262,20 +267,28 @@ class PostgresTargetLedger(TargetLedger):
         usual = self._usual_bytes
         limit = max_records if usual is None else min(max_records, max_bytes // usual + 1)
         at_once = _IDS_AT_FIRST if usual is None else max(1, min(_IDS_AT_ONCE, _BYTES_AT_ONCE // usual))
-        found: list[ChangeColumns] = []
+        found: list[list[Any]] = [[] for _ in ChangeRecord._fields]
+        numbers: list[int] = []
         weight, more = 0, False
         with closing(self._pending(limit, ids_at_once=at_once)) as parts:  # what is left of them is not read
-            for changes, more in parts:
-                if weight + total_bytes(payloads(changes)) >= max_bytes:
-                    sizes = accumulate(map(len, payloads(changes)), initial=weight)
+            for part, more in parts:
+                number, texts = len(part[0]), part[_PAYLOAD]
+                size = len(texts) - number + 1
+                if weight + size >= max_bytes:
+                    single = texts.split(SEPARATOR)
+                    sizes = list(accumulate(map(len, single), initial=0))
                     # Up to the one that reaches the bound, and that with it.
-                    changes = changes[: bisect_left(list(sizes), max_bytes)]
-                weight += total_bytes(payloads(changes))
-                found.append(changes)
+                    number = bisect_left(sizes, max_bytes - weight)
+                    size, texts = sizes[number], SEPARATOR.join(single[:number])
+                part[_PAYLOAD] = [texts]
+                for column, read in zip(found, part, strict=True):
+                    column += read[:number]
+                numbers.append(number)
+                weight += size
                 if weight >= max_bytes:
                     more = True
                     break
-        records = ChangeColumns.chained(found)
+        records = ChangeColumns([*found[:_PAYLOAD], in_pieces(found[_PAYLOAD], numbers), *found[_PAYLOAD + 1 :]])
         if records:
             self._usual_bytes = max(1, weight // len(records))
         elif self._in_a_row:  # or there is something, but in a hole
@@ -284,8 +297,8 @@ class PostgresTargetLedger(TargetLedger):
         self._in_a_row = _are_in_a_row(change_ids(records))
         return records, not more and len(records) < limit
 
-    def _pending(self, max_records: int, *, ids_at_once: int) -> Generator[tuple[ChangeColumns, bool], None, None]:
-        """Yield the oldest pending changes in order, those of so many ids at a time.
+    def _pending(self, max_records: int, *, ids_at_once: int) -> Generator[tuple[list[Any], bool], None, None]:
+        """Yield the oldest pending changes in order, as columns, those of so many ids at a time, their payloads joined.
 
         And with each, whether there are more than it is going to yield, as far as it can tell.
         """
@@ -294,9 +307,8 @@ class PostgresTargetLedger(TargetLedger):
         rows = _with_instants(self._connection.cursor()).stream(statement, parameters, binary=True)
         with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:
             for ids, of_streams, of_keys, operations, texts, made_at, replays, *more in rows:
-                joined = JoinedTexts([texts], [len(ids)])
-                columns = [ids, of_streams, of_keys, operations.split(","), joined, made_at, replays]
-                yield _in_order(ChangeColumns(columns)), any(more)
+                columns = [ids, of_streams, of_keys, operations.split(","), texts, made_at, replays]
+                yield _in_order(columns), any(more)
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -47,9 +46,6 @@ class ChangeRecord(NamedTuple):
         return time_of(self.instant)
 
 
-_PAYLOAD = ChangeRecord._fields.index("payload")
-
-
 def original_id(change: ChangeRecord) -> int:
     """Return what a target knows the change by: a replay has its original's key, so it must have its id in its body."""
     return change.change_id if change.replays is None else change.replays
@@ -90,16 +86,6 @@ class ChangeColumns(Sequence[ChangeRecord]):
 
     def __repr__(self) -> str:
         return f"ChangeColumns({list(self)!r})"
-
-    @classmethod
-    def chained(cls, parts: Sequence["ChangeColumns"]) -> "ChangeColumns":
-        """Return all that is in *parts*, one after another, with their payloads joined."""
-        columns: list[Sequence[Any]] = [
-            list(chain.from_iterable(part.column(place) for part in parts)) if place != _PAYLOAD else ()
-            for place in range(len(ChangeRecord._fields))
-        ]
-        columns[_PAYLOAD] = JoinedTexts.of([part.column(_PAYLOAD) for part in parts])
-        return cls(columns)
 
     def column(self, place: int) -> Sequence[Any]:
         """Return the field at *place* of all."""

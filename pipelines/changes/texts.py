@@ -2,13 +2,13 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import overload
 
 SEPARATOR = b"\x01"
 """No JSON text holds it (RFC 8259: no blank by §2, escaped by §7)."""
 
-_WORTH_CUTTING = 32
+_WORTH_JOINING, _WORTH_CUTTING = 8, 32
 
 
 class JoinedTexts(Sequence[bytes]):
@@ -24,17 +24,6 @@ class JoinedTexts(Sequence[bytes]):
         """Keep *pieces*, each of so many texts, of one at least."""
         self._held = list(pieces), list(accumulate(numbers, initial=0))
         self._single: list[bytes] | None = None
-
-    @classmethod
-    def of(cls, parts: Sequence[Sequence[bytes]]) -> "JoinedTexts":
-        """Return all that is in *parts*, one after another."""
-        joined = [
-            part if isinstance(part, JoinedTexts) else cls([SEPARATOR.join(part)], [len(part)])
-            for part in parts
-            if part
-        ]
-        numbers = [end - begin for one in joined for begin, end in pairwise(one._held[1])]
-        return cls([piece for one in joined for piece in one._held[0]], numbers)
 
     def __len__(self) -> int:
         return self._held[1][-1]
@@ -76,7 +65,7 @@ class JoinedTexts(Sequence[bytes]):
     __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by what is in it
 
     def __repr__(self) -> str:
-        return f"JoinedTexts.of([{list(self)!r}])"
+        return f"in_pieces({self._held[0]!r}, …)"
 
     def joined(self, separator: bytes) -> bytes:
         """Return all of them in one, with *separator* between any two."""
@@ -119,11 +108,19 @@ class JoinedTexts(Sequence[bytes]):
         )
 
 
+def in_pieces(pieces: Sequence[bytes], numbers: Sequence[int]) -> Sequence[bytes]:
+    """Return the texts of *pieces*, each of so many, of one at least: joined, unless they are too few for that."""
+    if sum(numbers) < _WORTH_JOINING * len(numbers):
+        return list(chain.from_iterable(piece.split(SEPARATOR) for piece in pieces))
+    return JoinedTexts(pieces, numbers)
+
+
+# Asked for each request. That a list is none of these takes an abstract class longer to say than its type.
 def joined(texts: Sequence[bytes], separator: bytes) -> bytes:
     """Return *texts* in one, with *separator* between any two."""
-    return texts.joined(separator) if isinstance(texts, JoinedTexts) else separator.join(texts)
+    return texts.joined(separator) if type(texts) is JoinedTexts else separator.join(texts)
 
 
 def total_bytes(texts: Sequence[bytes]) -> int:
     """Return how many bytes all of *texts* have together."""
-    return texts.total_bytes() if isinstance(texts, JoinedTexts) else sum(map(len, texts))
+    return texts.total_bytes() if type(texts) is JoinedTexts else sum(map(len, texts))

@@ -5,12 +5,12 @@ from random import Random
 
 import pytest
 
-from pipelines.changes.texts import SEPARATOR, JoinedTexts, joined, total_bytes
+from pipelines.changes.texts import SEPARATOR, JoinedTexts, in_pieces, joined, total_bytes
 
 TEXTS = [b'{"id": %d, "note": "%s"}' % (number, b"n" * (number % 7)) for number in range(250)]
 
 
-def in_pieces(texts: list[bytes], *ends: int) -> JoinedTexts:
+def kept_in(texts: list[bytes], *ends: int) -> JoinedTexts:
     """Return *texts* in pieces that end there."""
     bounds = [0, *ends, len(texts)]
     pieces = [texts[begin:end] for begin, end in pairwise(bounds)]
@@ -21,7 +21,7 @@ def in_pieces(texts: list[bytes], *ends: int) -> JoinedTexts:
 def test_whatever_is_asked_of_them_they_answer_as_a_list_does(seed: int) -> None:
     """Again and again of the same, and of what was cut out of it, for each cut leaves it in more pieces."""
     random = Random(seed)
-    texts, kept = TEXTS, in_pieces(TEXTS, *sorted(random.sample(range(1, 250), random.randrange(5))))
+    texts, kept = TEXTS, kept_in(TEXTS, *sorted(random.sample(range(1, 250), random.randrange(5))))
     for _ in range(200):
         begin, end, place = (random.randrange(-260, 260) for _ in range(3))
         step = random.choice([None, None, None, None, 1, -1, 3])
@@ -42,7 +42,7 @@ def test_whatever_is_asked_of_them_they_answer_as_a_list_does(seed: int) -> None
 
 def test_a_long_slice_stays_joined_wherever_it_is_cut() -> None:
     """That is what it is for. Of a short one, taking all apart costs less than cutting each out."""
-    kept = in_pieces(TEXTS, 100, 200)
+    kept = kept_in(TEXTS, 100, 200)
 
     assert isinstance(kept[100:200], JoinedTexts)
     assert isinstance(kept[3:103], JoinedTexts)
@@ -50,17 +50,20 @@ def test_a_long_slice_stays_joined_wherever_it_is_cut() -> None:
     assert isinstance(kept[10:13], list)
 
 
-def test_what_is_joined_anew_is_the_same() -> None:
-    parts = [in_pieces(TEXTS[:70], 7), TEXTS[70:90], [], in_pieces(TEXTS[90:])]
+def test_what_comes_in_crumbs_is_not_kept_joined() -> None:
+    """Of a log in which few changes are the target's, a part may be a single one."""
+    two_each = [SEPARATOR.join(TEXTS[place : place + 2]) for place in range(0, 250, 2)]
 
-    assert JoinedTexts.of(parts) == TEXTS
-    assert len(JoinedTexts.of([])) == len(JoinedTexts.of([[]])) == 0
-    assert list(JoinedTexts.of([])) == []
-    assert total_bytes(JoinedTexts.of([])) == 0
+    crumbs = in_pieces(two_each, [2] * 125)
+
+    assert isinstance(crumbs, list)
+    assert crumbs == TEXTS
+    assert in_pieces([], []) == []
+    assert isinstance(in_pieces([SEPARATOR.join(TEXTS)], [250]), JoinedTexts)
 
 
 def test_what_is_no_text_is_not_among_them() -> None:
-    kept = in_pieces(TEXTS, 100)
+    kept = kept_in(TEXTS, 100)
 
     assert None not in kept
     assert TEXTS[120] in kept

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 from uuid import uuid4
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.changes.record import ChangeColumns, ChangeRecord, Operation
-from pipelines.changes.texts import JoinedTexts
+from pipelines.changes.texts import SEPARATOR, JoinedTexts
 from pipelines.delivery.batching import Batch, Lanes
 from pipelines.delivery.idempotency import idempotency_key
 from pipelines.delivery.ledger import Leftover, PendingWindow
@@ -54,7 +55,9 @@ def in_columns(records: Sequence[ChangeRecord], *, at_once: int = 100) -> Change
     """Return *records* as they are read: column by column, so many payloads in one piece."""
     starts = range(0, len(records), at_once)
     parts = [records[start : start + at_once] for start in starts]
-    return ChangeColumns.chained([ChangeColumns([list(one) for one in zip(*part, strict=True)]) for part in parts])
+    texts = JoinedTexts([SEPARATOR.join(one.payload for one in part) for part in parts], [len(part) for part in parts])
+    columns = [list(map(itemgetter(place), records)) for place in range(len(ChangeRecord._fields))]
+    return ChangeColumns([*columns[:4], texts, *columns[5:]])
 
 
 def sent(plan: Plan) -> list[tuple[str, list[int]]]:

@@ -14,7 +14,6 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from pipelines.changes.record import ChangeColumns
 from pipelines.delivery.ledger import LONG_TAIL, LedgerConflict, LedgerFailed, Settlement, TargetLedger, Window
 from pipelines.delivery.outcome import DeadRecord
 from pipelines_tests.contracts.ledgers import (
@@ -561,9 +560,7 @@ def test_what_is_too_large_to_be_sent_together_is_read_one_by_one(
     fill(subject, rows=30)
     as_it_is = PostgresTargetLedger._pending
 
-    def refused(
-        self: PostgresTargetLedger, max_records: int, *, ids_at_once: int
-    ) -> Iterator[tuple[ChangeColumns, bool]]:
+    def refused(self: PostgresTargetLedger, max_records: int, *, ids_at_once: int) -> Iterator[tuple[list[Any], bool]]:
         if ids_at_once > 1:
             raise psycopg.errors.ProgramLimitExceeded("string buffer exceeds maximum allowed length")
         yield from as_it_is(self, max_records, ids_at_once=ids_at_once)
@@ -576,9 +573,21 @@ def test_what_is_too_large_to_be_sent_together_is_read_one_by_one(
 
 def test_what_postgres_gathers_out_of_order_is_put_in_order() -> None:
     """It does not promise the order of what it gathers; a part that is cut at its bytes must end with the newest."""
-    gathered = ChangeColumns([[3, 1, 2], ["s"] * 3, ["c", "a", "b"], ["insert"] * 3, [b"{}"] * 3, [0] * 3, [None] * 3])
+    texts = b"3\x011\x012"
+    gathered = [[3, 1, 2], ["s"] * 3, ["c", "a", "b"], ["insert"] * 3, texts, [30, 10, 20], [None, 7, None]]
 
-    assert [(one.change_id, one.key) for one in _in_order(gathered)] == [(1, "a"), (2, "b"), (3, "c")]
+    found = _in_order(gathered)
+
+    assert found == [
+        [1, 2, 3],
+        ["s"] * 3,
+        ["a", "b", "c"],
+        ["insert"] * 3,
+        b"1\x012\x013",
+        [10, 20, 30],
+        [7, None, None],
+    ]
+    assert _in_order(found) is found
 
 
 def test_whatever_a_payload_and_a_key_hold_is_read_as_it_is(subject: PostgresSubject) -> None:
