@@ -45,7 +45,6 @@ from pipelines.delivery.routing import HttpRequest, Route, RouteOperation
 from pipelines.delivery.target import Answer, NoAnswer, TargetClient
 from pipelines.delivery.template import RecordUnrenderable
 
-
 _ANY_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 
 
