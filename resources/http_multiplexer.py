@@ -49,14 +49,18 @@ class Flight:
         secrets: tuple[bytes, ...],
         timeout_seconds: float,
         limit: int,
+        refuses: Callable[[int], bool],
         arrived: Callable[[Ended], Ended],
     ) -> None:
         """Have *data* sent on *kept*, *direct*'s socket. *arrived* is given what came of it, and says what that means.
 
         It is given None if the connection broke without a word, and returns None if the client is to send all again.
+        A status that *refuses* may cut the request short; after any other, all of it is sent (RFC 9110 §7.5).
         """
         self._direct, self.socket, self._unsent = direct, kept, memoryview(data)
-        self._secrets, self._timeout, self._arrived = secrets, timeout_seconds, arrived
+        self._secrets, self._timeout, self._refuses, self._arrived = secrets, timeout_seconds, refuses, arrived
+        self._early: tuple[Answer, bool] | None = None
+        """What was answered before all was sent, and whether the connection may be used again."""
         self._reading = Reading(limit)
         self._heard = self._deaf = False
         self._started = time.monotonic()
@@ -66,6 +70,8 @@ class Flight:
     @property
     def events(self) -> int:
         """What is waited for."""
+        if self._early is not None:
+            return selectors.EVENT_WRITE
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
 
     def send(self) -> None:
@@ -81,22 +87,26 @@ class Flight:
 
     def read(self) -> Ended | StillOut:
         """Read what there is, or so much that the others should have their turn."""
+        if self._early is not None:
+            return STILL_OUT if self._unsent else self._finished()
         try:
             for _ in range(_READS_AT_ONCE):
                 data = self.socket.recv(AT_ONCE)
                 self._heard |= bool(data)
                 if self._reading.take(data):
-                    return self._arrived(self._answered())
+                    return self._answered()
         except NOT_YET:
             pass
         except (OSError, httpcore.RemoteProtocolError) as error:
-            return self._arrived(self._broke(error))
+            return self._broke(error)
         return STILL_OUT
 
     def expire(self) -> Ended:
         """Give it up, for its time is over."""
-        if self._reading.break_off():
-            return self._arrived(self._answered())
+        if not self._unsent and self._reading.break_off():
+            found = self._answered()
+            assert not isinstance(found, StillOut)  # all is sent
+            return found
         self.drop()
         return self._arrived(self._no_answer(f"no answer within {self._timeout:g} s"))
 
@@ -105,21 +115,28 @@ class Flight:
         self._reading.close()
         self._direct.ended(reusable=False)
 
-    def _answered(self) -> Answer:
+    def _answered(self) -> Ended | StillOut:
+        """Take the answer, which is over; it counts once all is sent, unless it is a refusal."""
         reply, reusable = self._reading.reply()
+        self._early = answer_of(reply, self._secrets, self._started), reusable
+        return STILL_OUT if self._unsent and not self._refuses(reply.status) else self._finished()
+
+    def _finished(self) -> Ended:
+        assert self._early is not None
+        answer, reusable = self._early
         self._reading.close()
         self._direct.ended(reusable=reusable and not self._unsent and not self._deaf)
-        return answer_of(reply, self._secrets, self._started)
+        return self._arrived(answer)
 
-    def _broke(self, error: Exception) -> Ended:
+    def _broke(self, error: Exception) -> Ended | StillOut:
         if self._reading.break_off():
             return self._answered()
         self.drop()
         if not self._heard:
             # Most likely the target had closed the connection before the request was there (RFC 9112 §9.3.1).
-            return None
+            return self._arrived(None)
         said = redact_text(str(error), self._secrets)[:200] or type(error).__name__
-        return self._no_answer(f"the connection broke: {said}")
+        return self._arrived(self._no_answer(f"the connection broke: {said}"))
 
     def _no_answer(self, reason: str) -> NoAnswer:
         return NoAnswer(reason=reason, may_have_arrived=True, seconds=time.monotonic() - self._started)

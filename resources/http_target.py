@@ -44,6 +44,8 @@ class Endpoint:
     """Shared by every lane of a drain, so that a token is renewed once for all of them."""
     renew_on: frozenset[int] = _TOKEN_REFUSED
     """Statuses that call for a newer token."""
+    success_on: frozenset[int] = frozenset()
+    """Statuses of 400 and more that refuse nothing."""
     timeout_seconds: float = 15.0
     max_response_bytes: int = 1_000_000
 
@@ -107,6 +109,7 @@ def endpoint(config: TargetConfig, secret: Callable[[str], str]) -> Endpoint:
         secrets=spellings(secrets),
         tokens=tokens,
         renew_on=renew_on,
+        success_on=frozenset(config.success_on),
         timeout_seconds=config.timeout_seconds,
         max_response_bytes=config.max_response_bytes,
     )
@@ -132,6 +135,8 @@ class HttpTargetClient(FlyingClient):
         )
         self._lost_after: float | None = None
         """Seconds for which the next request was out before, on a connection that broke without a word."""
+        self._refusal: tuple[UUID, Token, Answer | NoAnswer] | None = None
+        """The key of a request whose token was refused when it was out already, that token, and the answer."""
         self._direct: DirectConnection | None = None
         if transport is None:
             self._direct = DirectConnection.for_client(self._client, endpoint.base_url, wire=self._wire)
@@ -141,11 +146,15 @@ class HttpTargetClient(FlyingClient):
         tokens = self._endpoint.tokens
         if tokens is None:
             return self._exchange(request, key)
-        token = tokens.token()
-        if not isinstance(token, Token):
-            lost = self._lost_after is not None  # it went out with the token before
-            return replace(token, may_have_arrived=True) if lost and isinstance(token, NoAnswer) else token
-        answer = self._exchange(request, key, token)
+        refusal, self._refusal = self._refusal, None
+        if refusal is not None and refusal[0] == key:
+            _, token, answer = refusal
+        else:
+            found = tokens.token()
+            if not isinstance(found, Token):
+                lost = self._lost_after is not None  # it went out with the token before
+                return replace(found, may_have_arrived=True) if lost and isinstance(found, NoAnswer) else found
+            token, answer = found, self._exchange(request, key, found)
         if self._refuses_token(answer) and (newer := tokens.renew(token)) is not None:
             if not isinstance(newer, Token):
                 return newer
@@ -185,17 +194,22 @@ class HttpTargetClient(FlyingClient):
             secrets=self._secrets_with(token),
             timeout_seconds=self._endpoint.timeout_seconds,
             limit=self._endpoint.max_response_bytes,
-            arrived=partial(self._arrived, token, time.monotonic()),
+            refuses=self._refuses,
+            arrived=partial(self._arrived, key, token, time.monotonic()),
         )
 
+    def _refuses(self, status: int) -> bool:
+        return status >= 400 and status not in self._endpoint.success_on
+
     def _arrived(
-        self, token: Token | None, started: float, answer: Answer | NoAnswer | None
+        self, key: UUID, token: Token | None, started: float, answer: Answer | NoAnswer | None
     ) -> Answer | NoAnswer | None:
         """Say what a flight's end is worth: None if the same request has to be sent again, with a newer token or so."""
         if answer is None:
             self._lost_after = time.monotonic() - started
         elif token is not None and isinstance(answer, Answer):
             if self._refuses_token(answer):
+                self._refusal = key, token, answer
                 return None
             token.accepted |= answer.status < 500
         return answer

@@ -108,7 +108,7 @@ def picked(items: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
     if isinstance(items, ChangeColumns):
         return items.pick(places)
     if isinstance(items, JoinedTexts):
-        items = list(items)  # taken apart once
+        items = items.single()
     return list(map(items.__getitem__, places))
 
 

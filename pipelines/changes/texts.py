@@ -37,10 +37,10 @@ class JoinedTexts(Sequence[bytes]):
             if index == 0 and len(self):  # every request asks what its first record is
                 piece: bytes = self._held[0][0]
                 return piece[: piece.find(SEPARATOR)] if self._held[1][1] > 1 else piece
-            return self._taken_apart()[index]
+            return self.single()[index]
         start, stop, step = index.indices(len(self))
         if step != 1 or (self._cuts(start, stop) and stop - start < _WORTH_CUTTING):
-            return self._taken_apart()[index]
+            return self.single()[index]
         self._cut(start)
         self._cut(stop)
         pieces, starts = self._held
@@ -76,7 +76,8 @@ class JoinedTexts(Sequence[bytes]):
         pieces = self._held[0]
         return sum(map(len, pieces)) - (len(self) - len(pieces))
 
-    def _taken_apart(self) -> list[bytes]:
+    def single(self) -> Sequence[bytes]:
+        """Return them one by one; they are taken apart once."""
         if self._single is None:
             self._single = list(self)
         return self._single

@@ -4,11 +4,11 @@ A key is *held* while a change of it was given up on and may still be accepted: 
 *blocked* once a change of it is dead on a route with `on_dead: block`: later ones become dead letters too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from pipelines.changes.record import ChangeRecord
+from pipelines.changes.record import ChangeRecord, keys, streams
 
 Key = tuple[str, str]
 """Stream and key."""
@@ -71,6 +71,14 @@ class KeyHolds:
     def empty(self) -> bool:
         """Whether nothing waits: what is nearly always so."""
         return not self._held and not self._blocks
+
+    def concern(self, changes: Sequence[ChangeRecord]) -> bool:
+        """Say whether one of *changes* may have to wait, or not to be sent."""
+        with self._lock:
+            if self.empty:
+                return False
+            theirs = set(zip(streams(changes), keys(changes), strict=True))
+            return not (theirs.isdisjoint(self._held) and theirs.isdisjoint(self._blocks))
 
     def is_held(self, change: ChangeRecord) -> bool:
         """Say whether *change* must stay claimed."""

@@ -67,8 +67,8 @@ class Lane(threading.Thread):
         free: Callable[[int], None] | None,
     ) -> None:
         super().__init__(name=f"lane-{number}", daemon=True)
-        self.work: SimpleQueue[tuple[Work, Answer | NoAnswer | None] | None] = SimpleQueue()
-        """Each with what its first attempt came to, if that was made."""
+        self.work: SimpleQueue[tuple[Work, bool, Answer | NoAnswer | None] | None] = SimpleQueue()
+        """Each with whether a first attempt was made, and what that came to, if it is known."""
         self.sends: tuple[Sender, TargetClient] | None = None
         """By what it sends, once that is made."""
         self.ended = False
@@ -80,13 +80,14 @@ class Lane(threading.Thread):
             sender, client = self.sends = self._make()
             try:
                 while (task := self.work.get()) is not None:
-                    work, first = task
+                    work, out, first = task
                     sent = sender.send(
                         work.batch_id,
                         work.batch,
                         key=work.key,
                         suspect=work.set_aside > 0,
                         claimed_as=work.claimed_as or work.batch_id,
+                        out=out,
                         first=first,
                     )
                     self._tell(Told(sent.settlement, done=(work, sent)))
@@ -133,15 +134,12 @@ class LanePool:
         if self._express is not None:
             self._express.begin(self._lanes)
 
-    def __len__(self) -> int:
-        return len(self._lanes)
-
     def put(self, work: Work) -> None:
         """Have *work* sent after all else that its lane was given."""
         if self._express is not None:
             self._express.put(work)
         else:
-            self._lanes[work.batch.lane % len(self._lanes)].work.put((work, None))
+            self._lanes[work.batch.lane % len(self._lanes)].work.put((work, False, None))
 
     def close(self) -> None:
         """Wait until all is sent that was given, then let go of the connections."""
@@ -247,7 +245,7 @@ class _Express(threading.Thread):
             if request is not None and self._multiplexer.begin(number, client, request, key=work.key):
                 self._out[number] = work
                 return
-        self._hand_over(number, work, None)
+        self._hand_over(number, work)
 
     def _end(self, number: int, answer: Answer | NoAnswer | None) -> None:
         work = self._out.pop(number)
@@ -255,18 +253,18 @@ class _Express(threading.Thread):
         assert sends is not None  # it was sent by them
         sent = None if answer is None else sends[0].end(work.batch_id, work.batch, answer)
         if sent is None:
-            self._hand_over(number, work, answer)
+            self._hand_over(number, work, out=True, first=answer)
             return
         if not self._told:
             self._tell_at = self._clock.monotonic() + _TOLD_AFTER
         self._told.append(Told(sent.settlement, done=(work, sent)))
         self._go_on(number)
 
-    def _hand_over(self, number: int, work: Work, first: Answer | NoAnswer | None) -> None:
+    def _hand_over(self, number: int, work: Work, *, out: bool = False, first: Answer | NoAnswer | None = None) -> None:
         """Leave *work* to the lane's own thread; what came before it is told before it."""
         self._tell()
         self._with_thread.add(number)
-        self._lanes[number].work.put((work, first))
+        self._lanes[number].work.put((work, out, first))
 
     def _tell(self) -> None:
         if self._told:

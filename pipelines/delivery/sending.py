@@ -85,8 +85,10 @@ class _Part:
     fallen_back: bool = False
     fault: TargetFault | None = None
     """Why these records, sent with others before, are still undecided: so they wait like any retry."""
+    out: bool = False
+    """A first attempt was made already, so it is too late to let anything of it wait."""
     first: Answer | NoAnswer | None = None
-    """What the first attempt came to, if that was made already."""
+    """What that came to, if it is known."""
 
     def pick(self, positions: Sequence[int]) -> "_Part":
         return replace(
@@ -181,7 +183,7 @@ class Sender:
 
         What is answered goes to `end`; what was not sent after all, to `send`.
         """
-        if not self._holds.empty or self._gate.enter_at_once() is None:
+        if self._holds.concern(batch.changes) or self._gate.enter_at_once() is None:
             return None
         return batch.operation.request(batch.changes, batch.fragments)
 
@@ -217,22 +219,24 @@ class Sender:
         key: UUID,
         suspect: bool = False,
         claimed_as: int | None = None,
+        out: bool = False,
         first: Answer | NoAnswer | None = None,
     ) -> Sent:
         """Deliver *batch* under its *key*, in order, as far as the target and the run allow.
 
         Of a batch that needs several requests, what is known is reported before the next is sent. A *suspect* was set
-        aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is. *first*
-        is what the first attempt came to, if that was made.
+        aside by an earlier run: it is tried once. *claimed_as* is the batch that this is a part of, if it is. If it is
+        *out*, a first attempt was made already; *first* is what that came to, if it is known.
         """
         tally = _Tally(batch_id, supersedes=batch.route.on_dead == "supersede")
-        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments, key, first=first)])
+        out = out or first is not None
+        todo = deque([_Part(batch_id, batch.operation, batch.changes, batch.fragments, key, out=out, first=first)])
         with suppress(_GaveUp, DrainEnded):
             while todo:
                 part = todo.popleft()
                 if part.batch_id != tally.batch_id or tally.accepted or tally.dead or tally.filtered:
                     self._report(tally.hand_over(then=part.batch_id))
-                if part.first is None and not self._holds.empty:
+                if not part.out and not self._holds.empty:
                     waiting, part = self._set_waiting_keys_apart(part, batch, claimed_as or batch_id, tally)
                     tally.set_aside += waiting
                 if part.changes:
@@ -284,8 +288,8 @@ class Sender:
         """Send *part* and note what became of it; return what is to be sent in its place."""
         route = batch.route
         fault, first = part.fault, part.first
-        if fault is not None or first is not None:
-            part = replace(part, fault=None, first=None)
+        if fault is not None or part.out:
+            part = replace(part, fault=None, out=False, first=None)
         try:
             verdict = self._until_decided(part, fault, first, tally, suspect=suspect)
         except _SetAside:

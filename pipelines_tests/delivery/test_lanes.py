@@ -22,7 +22,15 @@ from pipelines.delivery.sending import RetryPolicy, Sender
 from pipelines.delivery.target import TargetClient
 from pipelines_tests.fakes.clock import FakeClock
 from pipelines_tests.fakes.ledger import LOG_ID
-from pipelines_tests.fakes.target import ScriptedTarget, SentRequest, Step, change, routes_of
+from pipelines_tests.fakes.target import (
+    ScriptedTarget,
+    SentRequest,
+    Step,
+    ThreadedMultiplexer,
+    change,
+    no_answer,
+    routes_of,
+)
 
 ROUTE = routes_of(rows={"upsert": {"path": "/rows"}})["rows"]
 QUICK = RetryPolicy(initial_backoff=0.001, max_backoff=0.001, max_elapsed=60)
@@ -78,6 +86,26 @@ class Pool:
             )
             key = claim_of(batch, log_id=LOG_ID, target="api").idempotency_key
             self.lanes.put(Work(number, batch, key, set_aside))
+
+    def asked_for_permits(self) -> list[int]:
+        """Return what grows by one whenever a lane's own thread asks whether it may send."""
+        asked: list[int] = []
+        entered = self.gate.enter
+
+        def enter(**kwargs: Any) -> Any:
+            asked.append(1)
+            return entered(**kwargs)
+
+        self.gate.enter = enter  # type: ignore[method-assign]
+        return asked
+
+    def tidings(self, number: int) -> list[Told]:
+        """Return what the drain is told of the next so many batches."""
+        found: list[Told] = []
+        while len(found) < number:
+            one = self.told.get(timeout=10)
+            found += [one] if isinstance(one, Told) else one
+        return found
 
     def hears(self, number: int) -> list[list[int]]:
         """Return the batches of the next tidings, until *number* are done; raises what ended a thread."""
@@ -165,27 +193,61 @@ def test_what_went_well_is_told_together() -> None:
     assert sorted(map(sorted, told)) == [[2, 3, 4, 9]]
 
 
-@pytest.mark.parametrize("suspect", [False, True], ids=["a key waits", "a suspect"])
-def test_what_may_have_to_wait_is_the_lanes_own(suspect: bool) -> None:
-    """The express asks nobody for a permit to wait, and splits nothing."""
+def test_a_suspect_is_the_lanes_own() -> None:
+    """The express asks nobody for a permit to wait, and tries nothing only once."""
     pool = Pool(ScriptedTarget())
+    asked = pool.asked_for_permits()
     pool.put(1)
-    pool.hears(1)
-    if not suspect:
-        pool.holds.hold([change(77, stream="rows")])
-    asked: list[int] = []
-    entered = pool.gate.enter
-
-    def enter(**kwargs: Any) -> Any:
-        asked.append(1)
-        return entered(**kwargs)
-
-    pool.gate.enter = enter  # type: ignore[method-assign]
-    pool.put(2, set_aside=int(suspect))
-    pool.hears(1)
+    pool.put(2, set_aside=1)
+    pool.hears(2)
     pool.lanes.close()
 
+    assert asked == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["held", "blocked"])
+def test_a_key_that_waits_keeps_nobody_else_from_the_express(how: str) -> None:
+    pool = Pool(ScriptedTarget())
+    asked = pool.asked_for_permits()
+    pool.put(1)
+    pool.hears(1)
+    if how == "held":
+        pool.holds.hold([change(2, stream="rows")])
+    else:
+        pool.holds.block(change(1, "2", stream="rows"))
+    pool.put(2, 3)
+
+    told = [one.settlement for one in pool.tidings(2)]
+    pool.lanes.close()
+
+    assert [(one.batch_id, len(one.accepted), len(one.dead)) for one in told] == [(2, 0, how == "blocked"), (3, 1, 0)]
+    assert [request.body for request in pool.target.sent] == [change(1).payload, change(3).payload]
     assert asked == [1]
+
+
+def test_what_was_lost_on_its_way_is_sent_again_as_it_was_though_its_key_must_wait_by_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have arrived: parts of it under keys of their own could not be told from it."""
+    told_apart = ThreadedMultiplexer.ended
+
+    def ended(self: ThreadedMultiplexer, seconds: float | None) -> Any:
+        return [(lane, None if answer == no_answer() else answer) for lane, answer in told_apart(self, seconds)]
+
+    def script(request: SentRequest) -> Step:
+        if request.body != change(2).payload or pool.holds.is_held(change(2, stream="rows")):
+            return 200
+        pool.holds.hold([change(2, stream="rows")])
+        return no_answer()
+
+    monkeypatch.setattr(ThreadedMultiplexer, "ended", ended)
+    pool = Pool(ScriptedTarget(script))
+    pool.put(1, 2)
+    told = pool.tidings(2)
+    pool.lanes.close()
+
+    assert [len(one.settlement.accepted) for one in told] == [1, 1]
+    assert pool.target.keys[1] == pool.target.keys[2]
 
 
 def test_what_is_out_already_is_tried_again_though_its_key_must_wait_by_now() -> None:
@@ -213,8 +275,7 @@ def test_a_lane_that_broke_keeps_nobody_from_ending() -> None:
     pool.hears(1)
     pool.put(2, lane=1)
     pool.hears(1)
-    pool.holds.hold([change(77, stream="rows")])  # so that it is the lane's own thread that sends
-    pool.put(3, 4, 5, lane=0)
+    pool.put(3, 4, 5, lane=0, set_aside=1)  # so it is the lane's own thread that sends
 
     with pytest.raises(ZeroDivisionError):
         pool.hears(1)

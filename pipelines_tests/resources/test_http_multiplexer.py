@@ -160,8 +160,8 @@ def whole_request(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-def _more(connection: socket.socket) -> bytes:
-    data = connection.recv(65_536)
+def _more(connection: socket.socket, most: int = 65_536) -> bytes:
+    data = connection.recv(min(most, 65_536))
     if not data:
         raise ConnectionAbortedError
     return data
@@ -395,7 +395,8 @@ def test_a_token_that_is_refused_is_the_clients_to_renew(api: HttpApi, multiplex
         assert said(client.send(POST, key=KEY))[0] == 200
         assert said(carried(multiplexer, client))[0] == 200
 
-    assert api.requests[-1].headers["authorization"] == "Bearer t0ken-2"
+    sent = [request.headers["authorization"].removeprefix("Bearer t0ken-") for request in api.requests]
+    assert sent == ["1", "1", "2", "2"]  # what was refused once is not tried again
     assert (tokens.asked, api.connections) == (2, 1)
 
 
@@ -779,6 +780,7 @@ def test_a_flight_gives_way_though_there_is_more_to_read(multiplexer: HttpMultip
     with saying(OK, OK) as (url, _), connected(url) as client:
         flight = client.depart(POST, key=KEY)
         assert flight is not None
+        flight.send()
         flight.socket = Talking()  # type: ignore[assignment]
         assert isinstance(flight.read(), StillOut)
         assert said(flight.expire()) == (200, b"ok", True)
@@ -863,6 +865,61 @@ def test_an_answer_before_the_body_was_read_is_heard_and_the_connection_not_used
 
     assert len(served) == 2
     assert sum(map(len, rest)) < len(MANY)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("status", [200, 202, 302, 422])
+def test_after_an_early_answer_that_is_no_refusal_the_rest_of_the_body_is_sent_all_the_same(
+    status: int, secure: bool, multiplexer: HttpMultiplexer, tls: ssl.SSLContext
+) -> None:
+    """It was taken for accepted, so the target must have it all (RFC 9110 §7.5)."""
+    answered = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        whole_request(connection)
+        connection.sendall(OK)
+        head, _, body = _more(connection).partition(b"\r\n\r\n")
+        assert b"Content-Length: %d" % len(MANY) in head
+        connection.sendall(b"HTTP/1.1 %d Early\r\nContent-Length: 5\r\n\r\nearly" % status)
+        answered.wait(10)
+        came.append(body)
+        while missing := len(MANY) - sum(map(len, came)):
+            came.append(_more(connection, missing))
+        whole_request(connection)
+        connection.sendall(CREATED)
+
+    came: list[bytes] = []
+    with (
+        serving(serve, connections=1, context=tls if secure else None) as url,
+        connected(url, success_on=frozenset({422})) as client,
+    ):
+        assert multiplexer.begin(0, client, post(MANY), key=KEY)
+        wait_until(multiplexer, lambda: flight_of(multiplexer, client)._early is not None)
+        answered.set()
+        (answer,) = ended(multiplexer, 0)
+        assert said(answer) == (status, b"early", False)
+        assert said(carried(multiplexer, client)) == (201, b"", False)
+        assert b"".join(came) == MANY
+
+
+def test_an_early_answer_is_none_if_the_rest_of_the_body_cannot_be_sent_in_time(multiplexer: HttpMultiplexer) -> None:
+    """As by the blocking way: the target said yes to what it does not have."""
+    left = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        whole_request(connection)
+        connection.sendall(OK)
+        _more(connection)
+        connection.sendall(OK)
+        left.wait(10)
+
+    with serving(serve) as url:
+        for multiplexed in (False, True):
+            with connected(url, timeout_seconds=0.5) as client:
+                request = post(MANY)
+                answer = carried(multiplexer, client, request) if multiplexed else client.send(request, key=KEY)
+                assert meaning(answer) == ("no answer within 0.5 s", True)
+        left.set()
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
