@@ -53,6 +53,10 @@ class SchemaMissing(DatabaseProblem):
     """The database was never migrated, or not by this version."""
 
 
+class _KeyHoldsSeparator(Exception):
+    """A key has U+0001 in it, so joined keys cannot be taken apart."""
+
+
 class PostgresLedger(Ledger):
     """All targets' ledgers in one database. Opens a connection per call, and one per open target."""
 
@@ -165,6 +169,16 @@ def _in_order(columns: list[Any]) -> list[Any]:
     return found
 
 
+def _filled(ids: list[int], usual: Any, others: list[int] | None, values: list[Any] | None) -> list[Any]:
+    """Return the column in which the rows of *ids* have what is *usual*, but those of *others* the *values*."""
+    column = [usual] * len(ids)
+    if others and values:
+        places = dict(zip(ids, count()))
+        for other, value in zip(others, values, strict=True):
+            column[places[other]] = value
+    return column
+
+
 def _are_in_a_row(ids: Sequence[int]) -> bool:
     """Say whether *ids*, in order, are many and have few gaps."""
     return len(ids) >= _IDS_AT_ONCE and (ids[-1] - ids[0] + 1) * 9 <= len(ids) * 10
@@ -181,6 +195,8 @@ class PostgresTargetLedger(TargetLedger):
         self._sql = statements("ledger")
         self._usual_bytes: int | None = None
         """Of a change's row as text; those of the last window say what to expect of the next."""
+        self._keys_are_plain = True
+        """No key was met that cannot be sent joined to others."""
         self._in_a_row = False
         """The last window was of ids with few gaps; so is the next then, as a rule, and can be read in less time."""
 
@@ -256,6 +272,9 @@ class PostgresTargetLedger(TargetLedger):
         """Return the oldest pending changes, and whether they are all there are."""
         try:
             return self._read_pending(max_records=max_records, max_bytes=max_bytes)
+        except _KeyHoldsSeparator:
+            self._in_a_row, self._keys_are_plain = False, False
+            return self._read_pending(max_records=max_records, max_bytes=max_bytes)
         except psycopg.errors.ProgramLimitExceeded:
             # After small ones, very large ones: a gigabyte is more than Postgres sends at once. So one by one.
             self._usual_bytes = _BYTES_AT_ONCE
@@ -294,7 +313,7 @@ class PostgresTargetLedger(TargetLedger):
         elif self._in_a_row:  # or there is something, but in a hole
             self._in_a_row = False
             return self._read_pending(max_records=max_records, max_bytes=max_bytes)
-        self._in_a_row = _are_in_a_row(change_ids(records))
+        self._in_a_row = self._keys_are_plain and _are_in_a_row(change_ids(records))
         return records, not more and len(records) < limit
 
     def _pending(self, max_records: int, *, ids_at_once: int) -> Generator[tuple[list[Any], bool], None, None]:
@@ -306,9 +325,18 @@ class PostgresTargetLedger(TargetLedger):
         statement = self._sql["pending_in_a_row" if self._in_a_row else "pending"]
         rows = _with_instants(self._connection.cursor()).stream(statement, parameters, binary=True)
         with closing(cast("Generator[tuple[Any, ...], None, None]", rows)) as rows:
-            for ids, of_streams, of_keys, operations, texts, made_at, replays, *more in rows:
-                columns = [ids, of_streams, of_keys, operations.split(","), texts, made_at, replays]
-                yield _in_order(columns), any(more)
+            if not self._in_a_row:
+                for ids, of_streams, of_keys, operations, texts, made_at, replays in rows:
+                    yield _in_order([ids, of_streams, of_keys, operations.split(","), texts, made_at, replays]), False
+                return
+            for ids, joined_keys, texts, made_at, *differing, more in rows:
+                of_streams = _filled(ids, *differing[:3])
+                operations = _filled(ids, *differing[3:6])
+                replays = _filled(ids, None, *differing[6:])
+                of_keys = joined_keys.split("\x01")
+                if len(of_keys) != len(ids):
+                    raise _KeyHoldsSeparator
+                yield _in_order([ids, of_streams, of_keys, operations, texts, made_at, replays]), more
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()

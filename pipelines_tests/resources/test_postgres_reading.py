@@ -185,6 +185,35 @@ def test_a_window_in_a_row_ends_where_it_has_enough_bytes(in_a_row: PostgresTarg
     assert not window.complete
 
 
+def test_what_differs_within_a_row_is_read_as_it_is(subject: PostgresSubject, in_a_row: PostgresTargetLedger) -> None:
+    change(subject, "update distributary.change_log set stream = 't' where mod(change_id, 3) = 0")
+    change(subject, "update distributary.change_log set operation = 'delete' where mod(change_id, 7) = 0")
+    change(subject, "update distributary.change_log set replays = change_id - 1 where mod(change_id, 101) = 0")
+
+    records = in_a_row.pending(max_records=300, max_bytes=10**6).records
+
+    assert ids(records) == [*range(201, 501)]
+    for one in records:
+        assert one.stream == ("s" if one.change_id % 3 else "t")
+        assert one.operation == ("insert" if one.change_id % 7 else "delete")
+        assert one.replays == (None if one.change_id % 101 else one.change_id - 1)
+        assert one.key == str(one.change_id)
+    assert in_a_row._in_a_row
+
+
+def test_a_key_that_holds_what_keys_are_joined_by_is_read_as_it_is(
+    subject: PostgresSubject, in_a_row: PostgresTargetLedger
+) -> None:
+    change(subject, "update distributary.change_log set key = E'a\\x01b' where change_id in (250, 251)")
+
+    records = in_a_row.pending(max_records=300, max_bytes=10**6).records
+    again = in_a_row.pending(max_records=300, max_bytes=10**6).records
+
+    assert [one.key for one in records if one.change_id in (249, 250, 251, 252)] == ["249", "a\x01b", "a\x01b", "252"]
+    assert records == again
+    assert ids(records) == [*range(201, 501)]
+
+
 def test_nothing_is_sorted_that_is_read_in_a_row(subject: PostgresSubject) -> None:
     """But where the parts begin: so the first comes before the last is read."""
     with psycopg.connect(subject.url) as connection:

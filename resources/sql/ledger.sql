@@ -215,8 +215,20 @@ with recursive part as (
 select l.*, p.next is not null as more
 from (select * from part where first is not null order by first) p
 cross join lateral (
-    select array_agg(l.change_id), array_agg(l.stream), array_agg(l.key), string_agg(l.operation, ','),
-           convert_to(string_agg(l.payload::text, E'\x01'), 'UTF8'), array_agg(l.changed_at), array_agg(l.replays)
+    select f.stream, f.operation from distributary.change_log f where f.change_id = p.first limit 1
+) f
+cross join lateral (
+    -- Of what is nearly always the same, those that differ from the first.
+    select array_agg(l.change_id), string_agg(l.key, E'\x01'),
+           convert_to(string_agg(l.payload::text, E'\x01'), 'UTF8'), array_agg(l.changed_at),
+           f.stream,
+           array_agg(l.change_id) filter (where l.stream <> f.stream),
+           array_agg(l.stream) filter (where l.stream <> f.stream),
+           f.operation,
+           array_agg(l.change_id) filter (where l.operation <> f.operation),
+           array_agg(l.operation) filter (where l.operation <> f.operation),
+           array_agg(l.change_id) filter (where l.replays is not null),
+           array_agg(l.replays) filter (where l.replays is not null)
     from distributary.change_log l
     where l.change_id >= p.first
       and l.change_id < p.behind
