@@ -29,7 +29,7 @@ _FIELD_VALUE = re.compile(rb"[\x21-\xff](?:[\x20-\xff\t]*[\x21-\xff])?|")
 
 
 class DirectConnection:
-    """Sends requests to one origin, one after another. Belongs to one thread; raises httpx's exceptions.
+    """Sends requests to one origin, one after another. Belongs to one thread at a time; raises httpx's exceptions.
 
     A connection is used again if the target keeps it, nothing unasked came, and it was idle for 5 s at most.
     """

@@ -151,7 +151,7 @@ class _SetAside(Exception):
 
 
 class Sender:
-    """One lane's way to the target. Belongs to one thread."""
+    """One lane's way to the target. Belongs to one thread at a time."""
 
     def __init__(
         self,

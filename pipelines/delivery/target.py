@@ -31,7 +31,7 @@ class NoAnswer:
 
 
 class TargetClient(ABC):
-    """Sends one lane's requests to one target. Belongs to one thread."""
+    """Sends one lane's requests to one target. Belongs to one thread at a time."""
 
     @abstractmethod
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
