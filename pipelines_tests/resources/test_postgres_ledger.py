@@ -353,6 +353,7 @@ class _Interrupted(PostgresTargetLedger):
     def __init__(self, ledger: TargetLedger, interrupt: Any) -> None:
         assert isinstance(ledger, PostgresTargetLedger)
         super().__init__(ledger._connection, ledger._target, run_id=ledger._run_id)
+        self._prepared = ledger._prepared
         self._interrupt = interrupt
 
     def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
