@@ -1,10 +1,10 @@
 """What a drain did: the numbers that people and the Dagster UI are shown."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, log, log1p
 from random import Random
 from typing import Literal
@@ -13,7 +13,8 @@ from pipelines.changes.record import ChangeRecord, instant_of, instants, streams
 from pipelines.delivery.ledger import Settlement
 from pipelines.delivery.outcome import DeadRecord
 
-_LAGS_OF_A_BATCH = 4
+_FOR_ONE_LAG = 25
+"""Accepted changes of which one stands for all: what a sample keeps, it must draw for."""
 _MOST_REASONS = 20
 _MICROSECONDS_OF_A_DAY = 86_400_000_000
 OTHER_REASONS = "other reasons"
@@ -64,30 +65,37 @@ class DrainReport:
 class Sample:
     """A fair sample of a stream of numbers, in constant memory and little time (Li's algorithm L, 1994)."""
 
-    def __init__(self, *, size: int = 2000, seed: int = 1) -> None:
+    def __init__(self, *, size: int = 1000, seed: int = 1) -> None:
         self._size = size
         self._random = Random(seed)
         self._seen = 0
         self._kept: list[float] = []
-        self._next = size + 1
+        self._next = 1
         """Which number is the next to be kept: how many are passed over is drawn, not whether each is."""
         self._share = 1.0
 
     def add(self, value: float) -> None:
         """Take *value* into account."""
         self._seen += 1
-        if self._seen < self._next:
-            if self._seen <= self._size:
-                self._kept.append(value)
-                if self._seen == self._size:
-                    self._skip()
-            return
-        self._kept[int(self._random.random() * self._size)] = value  # `randrange` takes ten times as long
-        self._skip()
+        if self._seen == self._next:
+            self._keep(value)
 
-    def _skip(self) -> None:
-        self._share *= self._above_zero() ** (1 / self._size)
-        self._next = self._seen + 1 + int(log(self._above_zero()) / log1p(-self._share))
+    def add_many(self, number: int, value_at: Callable[[int], float]) -> None:
+        """Take so many values into account; *value_at* is asked, by their places, for the few that are kept."""
+        before = self._seen
+        self._seen += number
+        while self._next <= self._seen:
+            self._keep(value_at(self._next - before - 1))
+
+    def _keep(self, value: float) -> None:
+        if len(self._kept) < self._size:
+            self._kept.append(value)
+        else:
+            self._kept[int(self._random.random() * self._size)] = value  # `randrange` takes ten times as long
+        self._next += 1
+        if len(self._kept) == self._size:
+            self._share *= self._above_zero() ** (1 / self._size)
+            self._next += int(log(self._above_zero()) / log1p(-self._share))
 
     def _above_zero(self) -> float:
         return 1.0 - self._random.random()
@@ -114,17 +122,18 @@ class Recorder:
     def settled(self, settlements: Sequence[Settlement], *, now: datetime) -> None:
         """Add what became of batches, each of one stream, and how long some of their changes took until *now*."""
         until = instant_of(now)
+        made_at_of: dict[str, list[int]] = defaultdict(list)
         for settlement in settlements:
             if accepted := settlement.accepted:
-                made_at = instants(accepted)
-                self._count("accepted", made_at, streams(accepted)[0])
-                for instant in made_at[:: max(1, len(made_at) // _LAGS_OF_A_BATCH)]:
-                    # The clocks of two machines: a change cannot have been delivered before it was made.
-                    self.lags.add(max(0.0, (until - instant) / 1e6))
+                made_at_of[streams(accepted)[0]] += instants(accepted)
             if settlement.filtered:
                 self.count("filtered", settlement.filtered)
             if settlement.dead:
                 self.bury(settlement.dead)
+        for stream, made_at in made_at_of.items():
+            self._count("accepted", made_at, stream)
+            some = made_at[:: max(1, min(_FOR_ONE_LAG, len(made_at) // 4))]
+            self.lags.add_many(len(some), partial(_lag, some, until))
 
     def count(self, name: _Count, changes: Sequence[ChangeRecord]) -> None:
         """Add *changes* to one count of their streams and days."""
@@ -158,6 +167,11 @@ class Recorder:
 
     def _tally_of(self, change: ChangeRecord) -> Tally:
         return self.tallies[(change.stream, _date_of(_day_of(change.instant)))]
+
+
+def _lag(made_at: Sequence[int], until: int, place: int) -> float:
+    # The clocks of two machines: a change cannot have been delivered before it was made.
+    return max(0.0, (until - made_at[place]) / 1e6)
 
 
 def _day_of(instant: int) -> int:

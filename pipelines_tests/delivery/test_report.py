@@ -66,7 +66,7 @@ def test_what_became_of_batches_is_counted_by_stream_and_day() -> None:
 
 
 def test_the_lag_is_the_time_from_a_change_to_its_acceptance() -> None:
-    """Of a large batch a few changes stand for all; no clock makes it less than none."""
+    """Of many a few stand for all; no clock makes it less than none."""
     recorder = Recorder()
     made_at = [NOON - timedelta(seconds=number) for number in range(100)]
 
@@ -173,6 +173,18 @@ def test_each_number_of_a_stream_is_as_likely_to_be_in_its_sample() -> None:
 
     assert sum(parts) == 4000
     assert all(340 <= number <= 460 for number in parts)  # 400, give or take three standard deviations
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1000])
+def test_many_numbers_at_once_are_sampled_as_one_by_one(at_once: int) -> None:
+    one_by_one, together = Sample(size=20), Sample(size=20)
+    for value in range(1000):
+        one_by_one.add(value)
+    for start in range(0, 1000, at_once):
+        values = range(start, min(1000, start + at_once))
+        together.add_many(len(values), values.__getitem__)
+
+    assert together._kept == one_by_one._kept
 
 
 def test_a_sample_no_larger_than_its_stream_is_the_stream() -> None:
