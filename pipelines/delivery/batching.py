@@ -6,6 +6,7 @@ Pure: the same changes and lanes give the same batches.
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -33,8 +34,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 class Lanes:
     """What a target's lanes are at, as far as the plan for more must know."""
 
-    in_flight: Mapping[str, Mapping[str, Batch]] = field(default_factory=dict)
-    """For each stream and each key of it that is in flight, the last batch with it."""
+    in_flight: Callable[[str, AbstractSet[str]], Mapping[str, Batch]] = lambda _stream, _keys: {}
+    """Of a stream and keys of it that are to be sent, returns the last batch with each that is in flight, if any is."""
     records: Sequence[int] = (0,)
     """For each lane, how many records it has before it."""
 
@@ -71,7 +72,7 @@ def cut(
 
     What is in flight keeps its lane. The rest goes, in order, to the lane with the least before it.
     """
-    if in_flight and not in_flight.keys().isdisjoint(keys(changes)):
+    if in_flight:
         apart, free = _by_lane_in_flight(changes, in_flight, lanes=len(burden))
         parts = [(lane, picked(changes, places), picked(fragments, places)) for lane, places in apart.items()]
         yield from (

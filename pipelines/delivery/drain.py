@@ -10,8 +10,9 @@ unwell, others are sent first, so that a suspect does not stand for it; if it wa
 
 import gc
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -403,7 +404,7 @@ class _Loop:
             log_id=self._log_id,
             target=self._policy.target,
             routes=self._routes,
-            lanes=Lanes(in_flight=self._in_flight(), records=self._records_of_lane),
+            lanes=Lanes(in_flight=self._in_flight, records=self._records_of_lane),
             max_records_of=self._max_records_of,
             blocked_keys=self._blocked(pending.records),
         )
@@ -419,14 +420,17 @@ class _Loop:
         for batch_id, batch, claim in zip(batch_ids, plan.batches, plan.window.claims, strict=True):
             self._dispatch(Work(batch_id, batch, claim.idempotency_key))
 
-    def _in_flight(self) -> Mapping[str, Mapping[str, Batch]]:
-        """Return, for each stream and each key of it that is in flight, the last batch with it.
+    def _in_flight(self, stream: str, wanted: AbstractSet[str]) -> Mapping[str, Batch]:
+        """Return, for each key of *stream* that is in flight, the last batch with it; nothing if none is *wanted*.
 
         Gathered when a window is planned: to take each key out again when its batch is done would be dearer.
         """
-        found: dict[str, dict[str, Batch]] = defaultdict(dict)
-        for work in self._outstanding.values():
-            found[work.batch.route.stream].update(zip(keys(work.batch.changes), repeat(work.batch)))
+        out = [work.batch for work in self._outstanding.values() if work.batch.route.stream == stream]
+        if all(wanted.isdisjoint(keys(batch.changes)) for batch in out):  # as of a backlog it nearly always is
+            return {}
+        found: dict[str, Batch] = {}
+        for batch in out:
+            found.update(zip(keys(batch.changes), repeat(batch)))
         return found
 
     def _max_records_of(self, route: Route, operation: RouteOperation) -> int:

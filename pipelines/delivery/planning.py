@@ -141,19 +141,26 @@ class _Planning:
             self.filtered += picked(records, [i for i, one in enumerate(operations(records)) if one == "delete"])
             records = picked(records, [i for i, one in enumerate(operations(records)) if one != "delete"])
         of_all = keys(records)
-        if len(set(of_all)) == len(records):
-            return self._of_single(route, records, {})
+        named = set(of_all)
+        in_flight = self.lanes.in_flight(route.stream, named)
+        if len(named) == len(records):
+            return self._of_single(route, records, {}, in_flight)
         if route.mode == "event" or not route.updates:
-            return self._of_repeated(route, records)
+            return self._of_repeated(route, records, in_flight)
         latest = dict(zip(of_all, count()))  # the place of each key's last change
         last = sorted(latest.values())
         self.superseded += picked(records, sorted(set(range(len(records))).difference(last)))
         firsts = dict(zip(reversed(of_all), reversed(operations(records)), strict=True))
-        return self._of_single(route, picked(records, last), firsts)
+        return self._of_single(route, picked(records, last), firsts, in_flight)
 
-    def _of_single(self, route: Route, changes: Sequence[ChangeRecord], firsts: Mapping[str, Operation]) -> list[Batch]:
+    def _of_single(
+        self,
+        route: Route,
+        changes: Sequence[ChangeRecord],
+        firsts: Mapping[str, Operation],
+        in_flight: Mapping[str, Batch],
+    ) -> list[Batch]:
         """Return the batches of *changes* that have a key each; of a key in *firsts*, that was the first operation."""
-        in_flight = self.lanes.in_flight.get(route.stream, {})
         batches: list[Batch] = []
         for operation, owed in _by_operation(route, changes, firsts):
             if operation is None:
@@ -191,12 +198,14 @@ class _Planning:
         ]
         return [change for change, _ in rendered], [fragment for _, fragment in rendered]
 
-    def _of_repeated(self, route: Route, records: Sequence[ChangeRecord]) -> list[Batch]:
+    def _of_repeated(
+        self, route: Route, records: Sequence[ChangeRecord], in_flight: Mapping[str, Batch]
+    ) -> list[Batch]:
         """Return the batches of *records* of which those of one key are to go one after another."""
         batcher = KeyedBatcher(
             route,
             max_records_of=self.max_records_of,
-            in_flight=self.lanes.in_flight.get(route.stream, {}),
+            in_flight=in_flight,
             burden=self.burden,
         )
         owed = [(change.operation, change) for change in records]
