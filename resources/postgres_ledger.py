@@ -308,13 +308,16 @@ class PostgresTargetLedger(TargetLedger):
                     size, texts = sizes[number], SEPARATOR.join(single[:number])
                 part[_PAYLOAD] = [texts]
                 for column, read in zip(found, part, strict=True):
-                    column += read[:number]
+                    column += read if number == len(read) else read[:number]
                 numbers.append(number)
                 weight += size
                 if weight >= max_bytes:
                     more = True
                     break
-        records = ChangeColumns([*found[:_PAYLOAD], in_pieces(found[_PAYLOAD], numbers), *found[_PAYLOAD + 1 :]])
+        ids: Sequence[int] = found[0]
+        if ids and ids[-1] - ids[0] == len(ids) - 1:
+            ids = range(ids[0], ids[-1] + 1)  # they are in order, and each is there once
+        records = ChangeColumns([ids, *found[1:_PAYLOAD], in_pieces(found[_PAYLOAD], numbers), *found[_PAYLOAD + 1 :]])
         if records:
             self._usual_bytes = max(1, weight // len(records))
         elif self._in_a_row:  # or there is something, but in a hole
@@ -359,7 +362,7 @@ class PostgresTargetLedger(TargetLedger):
 
     def claim(self, window: Window) -> Sequence[int]:
         members, firsts, lasts = _laid_end_to_end(window.claims)
-        claimed = _ranges(members)
+        claimed = _ranges_of_many([change_ids(claim.changes) for claim in window.claims])
         settled = _ranges(
             [*change_ids(window.superseded), *change_ids(window.filtered), *map(_id_of_dead, window.dead)]
         )
@@ -547,7 +550,7 @@ class _IdsDumper(Dumper):
     oid = psycopg.postgres.types["int8"].array_oid
 
     def dump(self, obj: _Ids) -> bytes:
-        ids = obj.ids
+        ids = list(obj.ids)
         number = len(ids)
         if not number:
             return pack(">iii", 0, 0, _INT8)
@@ -621,6 +624,8 @@ def _in_a_row(ids: Sequence[int]) -> _Range | None:
     """Return the first and last of *ids* if they are all there are between these, each once."""
     if not ids:
         return None
+    if isinstance(ids, range):
+        return (ids[0], ids[-1]) if ids.step == 1 else None
     ordered, number = sorted(ids), len(ids)
     first, last = ordered[0], ordered[-1]
     return (first, last) if last - first == number - 1 and len(set(ids)) == number else None

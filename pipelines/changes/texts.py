@@ -39,12 +39,16 @@ class JoinedTexts(Sequence[bytes]):
                 return piece[: piece.find(SEPARATOR)] if self._held[1][1] > 1 else piece
             return self.single()[index]
         start, stop, step = index.indices(len(self))
-        if step != 1 or (self._cuts(start, stop) and stop - start < _WORTH_CUTTING):
-            return self.single()[index]
-        self._cut(start)
-        self._cut(stop)
+        stop = max(start, stop)
         pieces, starts = self._held
-        first, last = bisect_left(starts, start), bisect_left(starts, max(start, stop))
+        first, last = bisect_left(starts, start), bisect_left(starts, stop)
+        if step != 1 or starts[first] != start or starts[last] != stop:  # else whole pieces, as of a batch it often is
+            if step != 1 or stop - start < _WORTH_CUTTING:
+                return self.single()[index]
+            self._cut(start)
+            self._cut(stop)
+            pieces, starts = self._held
+            first, last = bisect_left(starts, start), bisect_left(starts, stop)
         found = JoinedTexts.__new__(JoinedTexts)
         found._held = pieces[first:last], [place - start for place in starts[first : last + 1]]
         found._single = None
@@ -81,11 +85,6 @@ class JoinedTexts(Sequence[bytes]):
         if self._single is None:
             self._single = list(self)
         return self._single
-
-    def _cuts(self, *places: int) -> bool:
-        """Say whether one of *places* is within a piece."""
-        starts = self._held[1]
-        return any(starts[bisect_left(starts, place)] != place for place in places)
 
     def _cut(self, place: int) -> None:
         """Let a piece end before *place*."""

@@ -15,5 +15,5 @@ def idempotency_key(log_id: UUID, target: str, fingerprint: str, changes: Sequen
     ids, in order; a replayed change counts as its original. There is no attempt number and no run id in it, for a
     retry must not look like a new request. Another mapping is another key, so no target sees one key with two bodies.
     """
-    ids = msgspec.json.encode(original_ids(changes))[1:-1].decode()  # "1,2,3", in a tenth of the time of a join
+    ids = msgspec.json.encode(list(original_ids(changes)))[1:-1].decode()  # "1,2,3", in a tenth of the time of a join
     return uuid5(log_id, f"{target}:{fingerprint}:{ids}")

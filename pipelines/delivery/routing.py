@@ -199,7 +199,7 @@ class RouteOperation:
         path = (self._path.render(changes[0]) if same is None else same).decode("ascii")
         if not self._has_body:
             return HttpRequest(method=self._method, path=path)
-        body = self._prefix + joined(fragments, self._separator) + self._suffix
+        body = b"".join((self._prefix, joined(fragments, self._separator), self._suffix))
         if self._compress:
             # No time in the header, or a repeat would not be the same bytes.
             body = gzip.compress(body, compresslevel=6, mtime=0)
