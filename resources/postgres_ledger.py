@@ -44,7 +44,7 @@ from resources.sql import statements
 
 _LONGEST_TEXT = 2000
 _PAYLOAD = ChangeRecord._fields.index("payload")
-_IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 10, 100, 1_000_000
+_IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 25, 100, 1_000_000
 _INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])

@@ -199,8 +199,7 @@ class Sender:
                 return None
         elif not isinstance(verdict, Accepted):
             return None
-        self._gate.succeeded()
-        self._gate.judge_records(accepted=len(changes), dead=0, of=(batch.route.stream, batch.operation.kind))
+        self._gate.accepted(len(changes), of=(batch.route.stream, batch.operation.kind))
         settlement = Settlement(
             batch_id=batch_id,
             accepted=changes,
