@@ -45,6 +45,7 @@ from resources.sql import statements
 _LONGEST_TEXT = 2000
 _PAYLOAD = ChangeRecord._fields.index("payload")
 _IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 25, 100, 1_000_000
+_PLANNED_ANEW = frozenset({"blocked", "supersede"})
 _INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
@@ -205,7 +206,10 @@ class PostgresTargetLedger(TargetLedger):
 
     def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
         cursor = self._connection.cursor(binary=True)
-        return cursor.execute(self._sql[name], {"target": self._target, **parameters})
+        # How best to look for dead letters depends on how many there are, and of how many keys: a plan that was made
+        # for few of either takes seconds for many.
+        prepare = False if name in _PLANNED_ANEW else None
+        return cursor.execute(self._sql[name], {"target": self._target, **parameters}, prepare=prepare)
 
     def state(self) -> TargetState:
         row = self._execute("state").fetchone()

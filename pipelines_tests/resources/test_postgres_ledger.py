@@ -26,6 +26,7 @@ from pipelines_tests.contracts.ledgers import (
     left_over,
     read,
 )
+from pipelines_tests.fakes.target import change
 from resources.postgres_ledger import PostgresTargetLedger, _Ids, _in_order
 from resources.sql import statements
 
@@ -222,6 +223,21 @@ def test_texts_that_postgres_cannot_hold_are_kept_as_far_as_they_can_be(subject:
         assert text.startswith("a\N{REPLACEMENT CHARACTER}b?cxxx")
         assert len(text) == 2000
     assert [row[2] for row in letters] == [None, None]
+
+
+def test_how_to_look_for_dead_letters_is_decided_anew_each_time(subject: PostgresSubject) -> None:
+    """A plan that was made while there were few takes seconds for a window when there are thousands."""
+    subject.ledger.register({"crm": "beginning"})
+    with subject.open("crm") as crm:
+        assert isinstance(crm, PostgresTargetLedger)
+        for _ in range(8):
+            crm.blocked({("customers", "1")})
+            crm._supersede([change(1)])
+            crm.check()
+        prepared = crm._connection.execute("select statement from pg_prepared_statements").fetchall()
+
+    assert prepared
+    assert not [statement for (statement,) in prepared if "dead_letter" in statement]
 
 
 def test_nothing_is_dead_without_its_dead_letter(subject: PostgresSubject) -> None:
