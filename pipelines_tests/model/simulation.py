@@ -10,10 +10,11 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from queue import Empty
 from random import Random
 from types import ModuleType
@@ -203,14 +204,13 @@ class _Queue:
         return not self._items
 
 
-class _Condition:
-    """A `Condition` whose waiters hand their turn on, and which is a point where others may come first."""
+class _Lock:
+    """An `RLock` whose waiters hand their turn on, and which is a point where others may come first."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._holder: int | None = None
         self._depth = 0
-        self._notified = 0
 
     def __enter__(self) -> None:
         me = threading.get_ident()
@@ -218,7 +218,7 @@ class _Condition:
             if self._turns.taking_part:
                 self._turns.perhaps()
             if self._holder is not None:
-                self._turns.until(lambda: self._holder is None)
+                self._turns.until(self.is_free)
             self._holder = me
         self._depth += 1
 
@@ -227,15 +227,43 @@ class _Condition:
         if not self._depth:
             self._holder = None
 
-    def wait(self, timeout: float | None = None) -> None:
-        me, depth, before = self._holder, self._depth, self._notified
+    def is_free(self) -> bool:
+        return self._holder is None
+
+    def let_go(self) -> tuple[int | None, int]:
+        """Release it whole; return what `take_back` wants."""
+        held = self._holder, self._depth
         self._holder, self._depth = None, 0
+        return held
+
+    def take_back(self, held: tuple[int | None, int]) -> None:
+        """Hold it as before. It has to be free, but at the end of a run that was stuck."""
+        self._holder, self._depth = held
+
+
+class _Condition:
+    """A `Condition` whose waiters hand their turn on. Who enters it holds its lock."""
+
+    def __init__(self, turns: Turns, lock: _Lock | None = None) -> None:
+        self._turns = turns
+        self._lock = lock or _Lock(turns)
+        self._notified = 0
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.__exit__()
+
+    def wait(self, timeout: float | None = None) -> None:
+        before = self._notified
+        held = self._lock.let_go()
         try:
-            self._turns.until(lambda: self._notified != before and self._holder is None, timeout=timeout)
-            if self._holder is not None:
-                self._turns.until(lambda: self._holder is None)
+            self._turns.until(lambda: self._notified != before and self._lock.is_free(), timeout=timeout)
+            if not self._lock.is_free():
+                self._turns.until(self._lock.is_free)
         finally:
-            self._holder, self._depth = me, depth
+            self._lock.take_back(held)
 
     def notify(self, _: int = 1) -> None:
         self._notified += 1
@@ -244,13 +272,14 @@ class _Condition:
 
 
 def _make_take_turns(module: ModuleType, turns: Turns, stack: ExitStack) -> None:
-    """Have *module* make queues and conditions of ours, also where a dataclass makes one for a field."""
-    doubles: dict[object, Callable[[], object]] = {
-        queue.SimpleQueue: lambda: _Queue(turns),
-        threading.Condition: lambda: _Condition(turns),
+    """Have *module* make queues, locks and conditions of ours, also where a dataclass makes one for a field."""
+    doubles: dict[object, Callable[..., object]] = {
+        queue.SimpleQueue: partial(_Queue, turns),
+        threading.RLock: partial(_Lock, turns),
+        threading.Condition: partial(_Condition, turns),
     }
     for name, value in list(vars(module).items()):
-        if isinstance(value, type) and value in doubles:
+        if callable(value) and isinstance(value, Hashable) and value in doubles:
             stack.enter_context(patch.object(module, name, doubles[value]))
         elif isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__:
             made = {one.name: doubles[one.default_factory] for one in fields(value) if one.default_factory in doubles}
