@@ -263,6 +263,33 @@ def test_nothing_is_dead_without_its_dead_letter(subject: PostgresSubject) -> No
         assert ids(read(crm).records) == [pending.change_id]
 
 
+@pytest.mark.parametrize("statement", ["delete from", "update"])
+def test_the_row_of_a_target_with_batches_stays(subject: PostgresSubject, statement: str) -> None:
+    """It is not looked up for each batch, as a foreign key's would be; one without batches may go."""
+    subject.ledger.register({"other": "beginning"})
+    subject.append()
+    with subject.open("crm") as crm:
+        accept_all(crm)
+    sets = "set target = 'another_' || target" if statement == "update" else ""
+
+    with pytest.raises(psycopg.errors.ForeignKeyViolation, match="'crm' has to stay: there are batches of it"):
+        subject.rows(f"{statement} distributary.target_state {sets} where target = 'crm' returning 1")
+
+    assert subject.rows(f"{statement} distributary.target_state {sets} where target = 'other' returning 1") == [(1,)]
+    assert subject.rows("select distinct target from distributary.batch") == [("crm",)]
+
+
+def test_nothing_is_claimed_for_a_target_whose_row_went(subject: PostgresSubject) -> None:
+    subject.append()
+    with subject.open("crm") as crm:
+        window = read(crm)
+        subject.rows("delete from distributary.target_state where target = 'crm' returning 1")
+        with pytest.raises(LedgerConflict):
+            claim_each(crm, window)
+
+    assert subject.rows("select count(*) from distributary.batch") == [(0,)]
+
+
 def test_a_conflict_leaves_the_connection_usable(subject: PostgresSubject) -> None:
     subject.append()
     with subject.open("crm") as crm:
