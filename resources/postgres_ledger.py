@@ -4,7 +4,7 @@ import operator
 from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
-from itertools import accumulate, compress, count, groupby, islice
+from itertools import accumulate, chain, compress, count, groupby, islice
 from struct import pack
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -171,7 +171,7 @@ def _in_order(columns: list[Any]) -> list[Any]:
     return found
 
 
-def _filled(ids: list[int], usual: Any, others: list[int] | None, values: list[Any] | None) -> list[Any]:
+def _filled(ids: Sequence[int], usual: Any, others: list[int] | None, values: list[Any] | None) -> list[Any]:
     """Return the column in which the rows of *ids* have what is *usual*, but those of *others* the *values*."""
     column = [usual] * len(ids)
     if others and values:
@@ -179,6 +179,13 @@ def _filled(ids: list[int], usual: Any, others: list[int] | None, values: list[A
         for other, value in zip(others, values, strict=True):
             column[places[other]] = value
     return column
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return the ids of *parts*, which come in order and are there once."""
+    if parts and parts[-1][-1] - parts[0][0] == sum(map(len, parts)) - 1:
+        return range(parts[0][0], parts[-1][-1] + 1)
+    return list(chain.from_iterable(parts))
 
 
 def _are_in_a_row(ids: Sequence[int]) -> bool:
@@ -297,7 +304,8 @@ class PostgresTargetLedger(TargetLedger):
         usual = self._usual_bytes
         limit = max_records if usual is None else min(max_records, max_bytes // usual + 1)
         at_once = _IDS_AT_FIRST if usual is None else max(1, min(_IDS_AT_ONCE, _BYTES_AT_ONCE // usual))
-        found: list[list[Any]] = [[] for _ in ChangeRecord._fields]
+        found: list[Any] = [[] for _ in ChangeRecord._fields[1:]]
+        ids_of_parts: list[Sequence[int]] = []
         numbers: list[int] = []
         weight, more = 0, False
         with closing(self._pending(limit, ids_at_once=at_once)) as parts:  # what is left of them is not read
@@ -311,17 +319,16 @@ class PostgresTargetLedger(TargetLedger):
                     number = bisect_left(sizes, max_bytes - weight)
                     size, texts = sizes[number], SEPARATOR.join(single[:number])
                 part[_PAYLOAD] = [texts]
-                for column, read in zip(found, part, strict=True):
+                ids_of_parts.append(part[0][:number])
+                for column, read in zip(found, part[1:], strict=True):
                     column += read if number == len(read) else read[:number]
                 numbers.append(number)
                 weight += size
                 if weight >= max_bytes:
                     more = True
                     break
-        ids: Sequence[int] = found[0]
-        if ids and ids[-1] - ids[0] == len(ids) - 1:
-            ids = range(ids[0], ids[-1] + 1)  # they are in order, and each is there once
-        records = ChangeColumns([ids, *found[1:_PAYLOAD], in_pieces(found[_PAYLOAD], numbers), *found[_PAYLOAD + 1 :]])
+        found[_PAYLOAD - 1] = in_pieces(found[_PAYLOAD - 1], numbers)
+        records = ChangeColumns([_joined(ids_of_parts), *found])
         if records:
             self._usual_bytes = max(1, weight // len(records))
         elif self._in_a_row:  # or there is something, but in a hole
@@ -350,14 +357,15 @@ class PostgresTargetLedger(TargetLedger):
                 for ids, of_streams, of_keys, operations, texts, made_at, replays in rows:
                     yield _in_order([ids, of_streams, of_keys, operations.split(","), texts, made_at, replays]), False
                 return
-            for ids, joined_keys, texts, made_at, *differing, more in rows:
+            for first, number, sent_ids, joined_keys, texts, made_at, *differing, more in rows:
+                ids = sent_ids or range(first, first + number)
                 of_streams = _filled(ids, *differing[:3])
                 operations = _filled(ids, *differing[3:6])
                 replays = _filled(ids, None, *differing[6:])
                 of_keys = joined_keys.split("\x01")
-                if len(of_keys) != len(ids):
+                if len(of_keys) != number:
                     raise _KeyHoldsSeparator
-                yield _in_order([ids, of_streams, of_keys, operations, texts, made_at, replays]), more
+                yield [ids, of_streams, of_keys, operations, texts, made_at, replays], more
 
     def _set_fence(self, *, read: str) -> None:
         row = self._execute("last_change_id").fetchone()

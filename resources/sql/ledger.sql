@@ -212,27 +212,36 @@ with recursive part as (
     from part p
     where p.room > 0 and p.next is not null
 )
-select l.*, p.next is not null as more
+select p.first,
+       cardinality(l.ids) as number,
+       case when cardinality(l.ids) <= l.ids[cardinality(l.ids)] - p.first then l.ids end as ids,  -- where some are missing
+       l.keys, l.payloads, l.instants,
+       f.stream, l.ids_of_streams, l.streams, f.operation, l.ids_of_operations, l.operations, l.ids_of_replays, l.replays,
+       p.next is not null as more
 from (select * from part where first is not null order by first) p
 cross join lateral (
     select f.stream, f.operation from distributary.change_log f where f.change_id = p.first limit 1
 ) f
 cross join lateral (
     -- Of what is nearly always the same, those that differ from the first.
-    select array_agg(l.change_id), string_agg(l.key, E'\x01'),
-           convert_to(string_agg(l.payload::text, E'\x01'), 'UTF8'), array_agg(l.changed_at),
-           f.stream,
-           array_agg(l.change_id) filter (where l.stream <> f.stream),
-           array_agg(l.stream) filter (where l.stream <> f.stream),
-           f.operation,
-           array_agg(l.change_id) filter (where l.operation <> f.operation),
-           array_agg(l.operation) filter (where l.operation <> f.operation),
-           array_agg(l.change_id) filter (where l.replays is not null),
-           array_agg(l.replays) filter (where l.replays is not null)
-    from distributary.change_log l
-    where l.change_id >= p.first
-      and l.change_id < p.behind
-      and (l.target is null or l.target = %(target)s)
+    select array_agg(l.change_id) as ids,
+           string_agg(l.key, E'\x01') as keys,
+           convert_to(string_agg(l.payload::text, E'\x01'), 'UTF8') as payloads,
+           array_agg(l.changed_at) as instants,
+           array_agg(l.change_id) filter (where l.stream <> f.stream) as ids_of_streams,
+           array_agg(l.stream) filter (where l.stream <> f.stream) as streams,
+           array_agg(l.change_id) filter (where l.operation <> f.operation) as ids_of_operations,
+           array_agg(l.operation) filter (where l.operation <> f.operation) as operations,
+           array_agg(l.change_id) filter (where l.replays is not null) as ids_of_replays,
+           array_agg(l.replays) filter (where l.replays is not null) as replays
+    from (
+        select l.change_id, l.stream, l.key, l.operation, l.payload, l.changed_at, l.replays
+        from distributary.change_log l
+        where l.change_id >= p.first
+          and l.change_id < p.behind
+          and (l.target is null or l.target = %(target)s)
+        order by l.change_id
+    ) l
 ) l
 order by p.first
 
