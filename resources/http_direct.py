@@ -1,8 +1,8 @@
 """One kept connection to one target, without httpx in between: what most requests go through.
 
-httpx is asked where a request would go, and what headers go with all of them; what it would send itself (through a
-proxy of the environment, or a transport that a test gives it) it still does. For the rest its share of a request, some
-0.4 ms of CPU, is more than all else that a hundred records cost; here it is a sixth of that. Answers are read by
+What httpx would send by a proxy of the environment, or a transport that a test gives it, it still does, and it says
+which that is. For the rest its share of a request, some 0.4 ms of CPU, is more than all else that a hundred records
+cost; here it is a sixth of that. Answers are read by
 `resources/http_answer.py`; connecting, TLS and the deadline are the wire's.
 """
 
@@ -12,7 +12,6 @@ import ssl
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from typing import Self
 
 import httpcore
 import httpx
@@ -38,6 +37,8 @@ class DirectConnection:
         url = httpx.URL(base_url)
         self._host, self._tls = url.raw_host.decode("ascii"), url.scheme == "https"
         self._port = url.port or (443 if self._tls else 80)
+        if self._tls:
+            ssl_context()  # which takes a while once, and not out of the first request's time
         self._base = url.raw_path.rstrip(b"/")
         self._base_length = len(base_url)
         self._wire = wire
@@ -45,17 +46,6 @@ class DirectConnection:
         self._heads: dict[tuple[tuple[str, str], ...], bytes] = {}
         self._stream: httpcore.NetworkStream | None = None
         self._idle_since = 0.0
-
-    @classmethod
-    def for_client(cls, client: httpx.Client, base_url: str, *, wire: Wire) -> Self | None:
-        """Return what takes *client*'s place for requests to *base_url*; None if they go by a proxy."""
-        try:
-            url = httpx.URL(base_url)
-            if client._transport_for_url(url) is not client._transport:
-                return None
-            return cls(base_url, wire=wire, headers=client.headers)
-        except httpx.InvalidURL:
-            return None  # which is the client's to say
 
     def exchange(
         self, method: str, path: str, *, body: bytes | None, headers: Mapping[str, str], key: str, limit: int

@@ -3,9 +3,11 @@
 import base64
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import urlencode
+from urllib.request import getproxies
 from uuid import UUID
 
 import httpx
@@ -23,7 +25,7 @@ from pipelines.delivery.target import Answer, Multiplexer, NoAnswer
 from resources.http_answer import Reply, answer_of
 from resources.http_direct import DirectConnection
 from resources.http_multiplexer import Flight, FlyingClient, HttpMultiplexer
-from resources.http_wire import Wire, headers_as_sent, open_client, read_body
+from resources.http_wire import Wire, every_header, headers_as_sent, open_client, read_body
 from resources.oauth import Token, TokenEndpoint, TokenSource
 from resources.redaction import redact_text, spellings
 
@@ -127,19 +129,36 @@ class HttpTargetClient(FlyingClient):
     def __init__(self, endpoint: Endpoint, *, transport: httpx.BaseTransport | None = None) -> None:
         self._endpoint = endpoint
         self._wire = Wire()
-        self._client = open_client(
-            wire=self._wire,
-            headers=endpoint.headers,
-            timeout_seconds=endpoint.timeout_seconds,
-            transport=transport,
-        )
+        self._transport = transport
+        self._client: httpx.Client | None = None
+        """For what does not go without; made when there is something."""
         self._lost_after: float | None = None
         """Seconds for which the next request was out before, on a connection that broke without a word."""
         self._refusal: tuple[UUID, Token, Answer | NoAnswer] | None = None
         """The key of a request whose token was refused when it was out already, that token, and the answer."""
         self._direct: DirectConnection | None = None
-        if transport is None:
-            self._direct = DirectConnection.for_client(self._client, endpoint.base_url, wire=self._wire)
+        with suppress(httpx.InvalidURL):  # which is the client's to say
+            if transport is None and not self._goes_by_proxy():
+                headers = every_header(endpoint.headers)
+                self._direct = DirectConnection(endpoint.base_url, wire=self._wire, headers=headers)
+
+    def _goes_by_proxy(self) -> bool:
+        """Say whether httpx would send requests by a proxy of the environment. It is asked only if there is any."""
+        proxies = getproxies()
+        if not any(map(proxies.get, ("http", "https", "all"))):
+            return False
+        client = self._opened()
+        return client._transport_for_url(httpx.URL(self._endpoint.base_url)) is not client._transport
+
+    def _opened(self) -> httpx.Client:
+        if self._client is None:
+            self._client = open_client(
+                wire=self._wire,
+                headers=self._endpoint.headers,
+                timeout_seconds=self._endpoint.timeout_seconds,
+                transport=self._transport,
+            )
+        return self._client
 
     def send(self, request: HttpRequest, *, key: UUID) -> Answer | NoAnswer:
         """Send *request*; a second time at once if its token has ended, or if a kept connection had."""
@@ -256,7 +275,8 @@ class HttpTargetClient(FlyingClient):
         if self._direct is not None:
             return self._direct.exchange(method, path, body=body, headers=headers, key=key, limit=limit)
         headers = headers | {"Idempotency-Key": key}
-        with self._client.stream(method, self._endpoint.base_url + path, content=body, headers=headers) as response:
+        url = self._endpoint.base_url + path
+        with self._opened().stream(method, url, content=body, headers=headers) as response:
             said, truncated = read_body(response, limit=limit)
         return Reply(response.status_code, headers_as_sent(response), said, truncated)
 
@@ -279,7 +299,8 @@ class HttpTargetClient(FlyingClient):
     def close(self) -> None:
         if self._direct is not None:
             self._direct.close()
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
 
 def _headers_of(request: HttpRequest, token: Token | None) -> dict[str, str]:

@@ -143,19 +143,24 @@ def ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
+def every_header(headers: Mapping[str, str]) -> httpx.Headers:
+    """Return what goes with every request: *headers*, beside or in place of those that say who we are and so on."""
+    every = httpx.Headers({"Connection": "keep-alive"} | _HEADERS)
+    every.update(headers)  # whatever the case that a name is written in
+    return every
+
+
 def open_client(
     *, wire: Wire, headers: Mapping[str, str], timeout_seconds: float, transport: httpx.BaseTransport | None = None
 ) -> httpx.Client:
     """Return a client with one connection, over *wire*; it follows no redirect and keeps no cookie.
 
-    *headers* go with every request, beside or in place of those that say who we are and that we want plain JSON.
+    *headers* go with every request, as `every_header` has them.
     """
     # It writes every URL down, the key in its query included.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    every = httpx.Headers(_HEADERS)
-    every.update(headers)  # whatever the case that a name is written in
     client = httpx.Client(
-        headers=every,
+        headers=every_header(headers),
         timeout=httpx.Timeout(timeout_seconds),
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
         follow_redirects=False,

@@ -22,9 +22,7 @@ from pipelines.delivery.target import Answer, NoAnswer
 from pipelines_tests.fakes.http_server import HttpApi
 from pipelines_tests.resources.raw_server import saying
 from resources import http_direct
-from resources.http_direct import DirectConnection
 from resources.http_target import Endpoint, HttpTargetClient
-from resources.http_wire import Wire, open_client
 
 KEY = UUID("0b0f6a52-3f0b-5f0e-9d5a-7d1f6c1b3a11")
 POST = HttpRequest(method="POST", path="/rows", body=b'[{"id": 1}]', content_type="application/json")
@@ -72,13 +70,37 @@ def test_the_target_is_sent_what_httpx_would_send(request_: HttpRequest) -> None
     assert dict(direct.headers) == dict(by_httpx.headers)
 
 
-def test_it_is_not_taken_where_a_proxy_is_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_it_is_not_taken_where_a_proxy_is_to_be_used(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
     monkeypatch.setenv("NO_PROXY", "inside.test")
-    wire = Wire()
-    with contextlib.closing(open_client(wire=wire, headers={}, timeout_seconds=1)) as client:
-        assert DirectConnection.for_client(client, "http://api.test", wire=wire) is None
-        assert DirectConnection.for_client(client, "http://inside.test", wire=wire) is not None
+    for url, is_direct in [("http://api.test", False), ("http://inside.test", True)]:
+        with contextlib.closing(HttpTargetClient(Endpoint(base_url=url))) as client:
+            assert (client._direct is not None) == is_direct
+
+
+def test_a_proxy_for_others_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with HttpApi() as api, contextlib.closing(HttpTargetClient(Endpoint(base_url=api.url))) as client:
+        assert client._direct is not None
+        assert isinstance(client.send(POST, key=KEY), Answer)
+
+
+def test_what_goes_without_httpx_makes_no_client_of_it() -> None:
+    """Eight lanes would make eight, in the time of a hundred requests."""
+    with HttpApi() as api, contextlib.closing(HttpTargetClient(Endpoint(base_url=api.url))) as client:
+        client.send(POST, key=KEY)
+        assert client._client is None
+
+
+def test_certificates_are_read_before_a_request_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("resources.http_direct.ssl_context", lambda: read.append("read"))
+    HttpTargetClient(Endpoint(base_url="http://api.test")).close()
+    assert read == []
+
+    HttpTargetClient(Endpoint(base_url="https://api.test")).close()
+    assert read == ["read"]
 
 
 @pytest.mark.parametrize(
