@@ -57,6 +57,7 @@ TRUNCATE_TRIGGER = "!distributary_truncate"
 LOCK_TIMEOUT_MS = 2_000
 LOCK_ATTEMPTS = 5
 LOCK_PAUSE_SECONDS = 1.0
+_TRIGGERS_UNCHANGED = "its triggers are as they were"
 
 _OTHER_MIGRATOR_TIMEOUT_MS = 60_000
 _ADVISORY_LOCK = 0x6469737472696275  # "distribu"
@@ -359,7 +360,7 @@ def _bring_up_to_date(
         _write_triggers(connection, table)
 
     relations = [*_relations(table), *(stray.relation for stray in strays)]
-    _patiently(connection, table.stream, relations, install, sleep=sleep)
+    patiently(connection, table.stream, relations, install, unchanged=_TRIGGERS_UNCHANGED, sleep=sleep)
     if function is None or not present:
         return "capture installed"
     return "capture repaired" if is_current else "capture changed"
@@ -375,7 +376,8 @@ def _remove(connection: psycopg.Connection, function: _Function, *, sleep: Calla
             _drop_trigger(connection, trigger)
         connection.execute(sql.SQL("drop function {}()").format(sql.Identifier("distributary", function.name)))
 
-    _patiently(connection, function.stream, [trigger.relation for trigger in triggers], remove, sleep=sleep)
+    relations = [trigger.relation for trigger in triggers]
+    patiently(connection, function.stream, relations, remove, unchanged=_TRIGGERS_UNCHANGED, sleep=sleep)
 
 
 def _write_function(connection: psycopg.Connection, table: CapturedTable, body: str) -> None:
@@ -429,15 +431,19 @@ def _relation_name(connection: psycopg.Connection, oid: int) -> sql.Identifier:
     return sql.Identifier(*row)
 
 
-def _patiently(
+def patiently(
     connection: psycopg.Connection,
-    stream: str,
+    what: str,
     relations: Sequence[int],
     change: Callable[[], None],
     *,
+    unchanged: str,
     sleep: Callable[[float], None],
 ) -> None:
-    """Make *change* in one transaction, giving way and trying again while others hold a lock; raises CaptureBusy."""
+    """Make *change* in one transaction, giving way and trying again while others hold a lock of *relations*.
+
+    Raises CaptureBusy: for *what* it was, what is *unchanged* because of it, and who holds the locks.
+    """
     for attempt in range(LOCK_ATTEMPTS):
         if attempt:
             sleep(LOCK_PAUSE_SECONDS)
@@ -453,8 +459,8 @@ def _patiently(
         holders = connection.execute(_statement("blockers"), {"relations": list(relations)}).fetchall()
     who = ", ".join(f"pid {pid} ({name}, since {since:%H:%M:%S})" for pid, name, since in holders)
     raise CaptureBusy(
-        f"{stream}: other transactions keep the table locked{f': {who}' if who else ''}; its triggers are as they were;"
-        " end those transactions, or run this again at a quieter time."
+        f"{what}: other transactions keep the table locked{f': {who}' if who else ''}; {unchanged}; end those"
+        " transactions, or run this again at a quieter time."
     )
 
 

@@ -6,7 +6,8 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from resources import config_files, database
-from resources.capture import CaptureBusy, exclusively, install_capture
+from resources.capture import CaptureBusy, exclusively, install_capture, patiently
 from resources.captured_table import CaptureRefused
 from resources.source_tables import look_at_tables, missing_columns
 from resources.sql import statements
@@ -49,13 +50,17 @@ def read_migrations(folder: Path = MIGRATIONS) -> tuple[Migration, ...]:
     return tuple(Migration(name=path.stem, text=path.read_text("utf-8")) for path in sorted(folder.glob("[0-9]*.sql")))
 
 
-def apply_migrations(connection: psycopg.Connection, folder: Path = MIGRATIONS) -> list[str]:
+def apply_migrations(
+    connection: psycopg.Connection, folder: Path = MIGRATIONS, *, sleep: Callable[[float], None] = time.sleep
+) -> list[str]:
     """Apply the migrations in *folder* that *connection*'s database lacks, all or none, and return their names.
 
-    *connection* must be outside of any transaction. Raises MigrationRefused.
+    *connection* must be outside of any transaction. Whoever appends to the log waits behind it for two seconds at most;
+    then it gives way, and tries again. Raises MigrationRefused, and CaptureBusy if there was never a moment for it.
     """
-    migrations = read_migrations(folder)
-    with exclusively(connection), connection.transaction():
+    migrations, done = read_migrations(folder), list[str]()
+
+    def apply() -> None:
         _make_room(connection)
         applied: dict[str, str] = dict(connection.execute(statements("migrate")["applied"]).fetchall())
         _refuse_other_history(applied, migrations)
@@ -65,7 +70,13 @@ def apply_migrations(connection: psycopg.Connection, folder: Path = MIGRATIONS) 
             connection.execute(
                 statements("migrate")["record"], {"name": migration.name, "checksum": migration.checksum}
             )
-    return [migration.name for migration in missing]
+        done[:] = [migration.name for migration in missing]
+
+    with exclusively(connection):
+        with connection.transaction():
+            tables = [oid for (oid,) in connection.execute(statements("migrate")["tables"]).fetchall()]
+        patiently(connection, "The schema 'distributary'", tables, apply, unchanged="it is as it was", sleep=sleep)
+    return done
 
 
 def check_sequence(connection: psycopg.Connection) -> None:

@@ -153,6 +153,71 @@ def test_a_migrator_that_never_ends_is_not_waited_for(
     assert apply_migrations(connection) == ALL
 
 
+def test_a_migration_of_a_busy_log_is_given_up_with_a_sentence_and_its_writers_do_not_wait(
+    connection: psycopg.Connection, empty_database: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_migrations(connection, folder)
+    (folder / "9998_good.sql").write_text("create table distributary.good ()")
+    (folder / "9999_wide.sql").write_text("alter table distributary.change_log add column wide int")
+    monkeypatch.setattr(capture, "LOCK_TIMEOUT_MS", 20)
+    append = "insert into distributary.change_log (stream, key, operation, payload) values ('s', '1', 'insert', '{}')"
+    naps: list[float] = []
+    with (
+        psycopg.connect(empty_database, application_name="nightly report") as holder,
+        psycopg.connect(empty_database, autocommit=True) as writer,
+    ):
+        holder.execute(append)
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            writer.execute(append)
+
+        busy = r"^The schema 'distributary': other .* locked: pid \d+ \(nightly report.*; it is as it was; end those "
+        with pytest.raises(CaptureBusy, match=busy):
+            apply_migrations(connection, folder, sleep=nap)
+
+        assert naps == [capture.LOCK_PAUSE_SECONDS] * (capture.LOCK_ATTEMPTS - 1)
+        assert connection.execute("select to_regclass('distributary.good')").fetchone() == (None,)
+
+        assert apply_migrations(connection, folder, sleep=lambda _: holder.commit()) == ["9998_good", "9999_wide"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "constraint"),
+    [
+        ("insert into {}.change_log (stream, key, operation, payload) values ('s', '1', 'erase', '{{}}')", "operation"),
+        ("update {}.target_state set status = 'asleep'", "status"),
+        ("update {}.batch set state = 'lost', finished_at = now()", "state"),
+        ("update {}.batch set operation = 'erase'", "operation"),
+    ],
+)
+def test_words_that_nobody_knows_are_not_written(
+    connection: psycopg.Connection, statement: str, constraint: str
+) -> None:
+    apply_migrations(connection)
+    connection.execute("insert into distributary.target_state (target) values ('crm')")
+    connection.execute(
+        "insert into distributary.batch (target, lane, stream, operation, change_ids, idempotency_key)"
+        " values ('crm', 0, 's', 'upsert', '{1}', gen_random_uuid())"
+    )
+
+    with pytest.raises(psycopg.errors.CheckViolation, match=f"_{constraint}_check"):
+        connection.execute(statement.format("distributary"))
+
+
+def test_what_each_statement_checks_is_made_of_constants(connection: psycopg.Connection) -> None:
+    """`in (…)` has every statement put an array together before it writes a row, a captured one of the users' too."""
+    apply_migrations(connection)
+
+    found = connection.execute(
+        "select conname, pg_get_constraintdef(oid) from pg_constraint where contype = 'c' and conrelid = any"
+        " ('{distributary.change_log,distributary.target_state,distributary.batch}'::regclass[])"
+    ).fetchall()
+
+    assert len(found) >= 7
+    assert [name for name, definition in found if "ARRAY[" in definition] == []
+
+
 def test_the_transaction_id_is_the_first_column_of_the_log(connection: psycopg.Connection) -> None:
     """Gaps can only be closed if it is drawn before the change id."""
     apply_migrations(connection)

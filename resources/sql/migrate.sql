@@ -6,6 +6,9 @@ select to_regnamespace('distributary') is not null
 -- name: record_exists
 select to_regclass('distributary.migration') is not null
 
+-- name: tables
+select oid from pg_class where relnamespace = to_regnamespace('distributary') and relkind = 'r'
+
 -- name: applied
 select name, checksum from distributary.migration order by name
 
