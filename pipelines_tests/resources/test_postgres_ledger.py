@@ -240,6 +240,39 @@ def test_how_to_look_for_dead_letters_is_decided_anew_each_time(subject: Postgre
     assert not [statement for (statement,) in prepared if "dead_letter" in statement]
 
 
+@pytest.mark.parametrize("statement", ["blocked", "supersede"])
+@pytest.mark.parametrize("analyzed", [True, False])
+def test_dead_letters_of_many_keys_are_found_by_the_index(
+    subject: PostgresSubject, statement: str, analyzed: bool
+) -> None:
+    """Not by comparing each key with each other: 10,000 of them took seconds for every commit."""
+    number = 1_000
+    with psycopg.connect(subject.url, autocommit=True) as connection:
+        connection.execute(
+            "insert into distributary.dead_letter (target, change_id, stream, key, operation, reason)"
+            " select 'crm', i, 'customers', i::text, 'upsert', '400' from generate_series(1, %s) i",
+            [number],
+        )
+        if analyzed:
+            connection.execute("analyze distributary.dead_letter")
+        connection.execute(statements("ledger")["read_by_index"])
+        parameters = {
+            "target": "crm",
+            "change_ids": list(range(number + 1, 2 * number + 1)),
+            "streams": ["customers"] * number,
+            "record_keys": [str(i) for i in range(1, number + 1)],
+        }
+        query = "explain (analyze, format json) " + statements("ledger")[statement]
+        row = psycopg.ClientCursor(connection).execute(query, parameters).fetchone()
+    assert row is not None
+
+    def removed(node: dict[str, Any]) -> int:
+        own = sum(node.get(f"Rows Removed by {what}", 0) for what in ("Filter", "Join Filter", "Index Recheck"))
+        return int(own * node["Actual Loops"]) + sum(removed(one) for one in node.get("Plans", []))
+
+    assert removed(row[0][0]["Plan"]) < 10 * number
+
+
 def test_nothing_is_dead_without_its_dead_letter(subject: PostgresSubject) -> None:
     """They are two statements: if the second fails, as here for what is there already, the first was none."""
     for _ in range(2):

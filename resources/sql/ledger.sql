@@ -376,16 +376,23 @@ from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text
      as d (change_id, stream, key, operation, reason, status_code, response, attempts, blocked_by)
 
 -- name: supersede
--- What was accepted is newer than what was refused before it.
+-- What was accepted is newer than what was refused before it. Found one by one by the index, whatever the planner thinks that
+-- there is: on a table that was never analyzed it compared every key with every other.
 update distributary.dead_letter d
 set state = 'superseded', updated_at = clock_timestamp()
-from (
-    select stream, key, max(change_id) as change_id
-    from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text[]) as a (change_id, stream, key)
-    group by stream, key
-) a
-where d.target = %(target)s and d.stream = a.stream and d.key = a.key and d.state = 'open' and d.change_id < a.change_id
-  and hashtextextended(d.key, 0) = hashtextextended(a.key, 0)
+where d.target = %(target)s
+  and d.change_id = any (array(
+      select o.change_id
+      from unnest(%(change_ids)s::bigint[], %(streams)s::text[], %(record_keys)s::text[]) as a (change_id, stream, key)
+      cross join lateral (
+          select o.change_id
+          from distributary.dead_letter o
+          where o.target = %(target)s and o.stream = a.stream and o.key = a.key and o.state = 'open'
+            and hashtextextended(o.key, 0) = hashtextextended(a.key, 0)
+            and o.change_id < a.change_id
+          offset 0
+      ) o
+  ))
 
 -- name: hold
 update distributary.target_state
