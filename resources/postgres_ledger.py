@@ -45,7 +45,9 @@ from resources.sql import statements
 _LONGEST_TEXT = 2000
 _PAYLOAD = ChangeRecord._fields.index("payload")
 _IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 25, 100, 1_000_000
-_PLANNED_ANEW = frozenset({"blocked", "supersede"})
+_PREPARED = frozenset({"decided", "claim", "settle"})
+"""What comes with every window. To prepare the others would be a round trip each, for once or twice. Nor is prepared
+what looks for dead letters: a plan that was made for few of them, or for few keys, takes seconds for many."""
 _INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
@@ -198,7 +200,6 @@ class PostgresTargetLedger(TargetLedger):
 
     def __init__(self, connection: psycopg.Connection, target: str, *, run_id: str) -> None:
         connection.adapters.register_dumper(_Ids, _IdsDumper)
-        connection.prepare_threshold = 0  # all but a few statements come again and again
         self._connection = connection
         self._target = target
         self._run_id = run_id
@@ -213,10 +214,7 @@ class PostgresTargetLedger(TargetLedger):
 
     def _execute(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
         cursor = self._connection.cursor(binary=True)
-        # How best to look for dead letters depends on how many there are, and of how many keys: a plan that was made
-        # for few of either takes seconds for many.
-        prepare = False if name in _PLANNED_ANEW else None
-        return cursor.execute(self._sql[name], {"target": self._target, **parameters}, prepare=prepare)
+        return cursor.execute(self._sql[name], {"target": self._target, **parameters}, prepare=name in _PREPARED)
 
     def state(self) -> TargetState:
         row = self._execute("state").fetchone()

@@ -233,7 +233,7 @@ def test_how_to_look_for_dead_letters_is_decided_anew_each_time(subject: Postgre
         for _ in range(8):
             crm.blocked({("customers", "1")})
             crm._supersede([change(1)])
-            crm.check()
+            crm._execute("decided")
         prepared = crm._connection.execute("select statement from pg_prepared_statements").fetchall()
 
     assert prepared
