@@ -46,8 +46,7 @@ _LONGEST_TEXT = 2000
 _PAYLOAD = ChangeRecord._fields.index("payload")
 _IDS_AT_FIRST, _IDS_AT_ONCE, _BYTES_AT_ONCE = 25, 100, 1_000_000
 _PREPARED = frozenset({"decided", "claim", "settle"})
-"""What comes with every window. To prepare the others would be a round trip each, for once or twice. Nor is prepared
-what looks for dead letters: a plan that was made for few of them, or for few keys, takes seconds for many."""
+"""What comes with every window. To prepare the others would be a round trip each, for once or twice."""
 _INT8 = psycopg.postgres.types["int8"].oid
 _Range = tuple[int, int]
 _Cursor = TypeVar("_Cursor", bound=psycopg.Cursor[Any])
@@ -216,6 +215,14 @@ class PostgresTargetLedger(TargetLedger):
         cursor = self._connection.cursor(binary=True)
         return cursor.execute(self._sql[name], {"target": self._target, **parameters}, prepare=name in _PREPARED)
 
+    def _execute_as_written(self, name: str, **parameters: Any) -> psycopg.Cursor[Any]:
+        """Execute what is to be planned for these very values, which the planner sees.
+
+        How best to look for dead letters depends on how many there are, and of how many keys: a plan that was made for
+        few of either takes seconds for many.
+        """
+        return psycopg.ClientCursor(self._connection).execute(self._sql[name], {"target": self._target, **parameters})
+
     def state(self) -> TargetState:
         row = self._execute("state").fetchone()
         assert row is not None  # its lock is held, and rows are never deleted
@@ -264,7 +271,9 @@ class PostgresTargetLedger(TargetLedger):
         ]
 
     def blocked(self, keys: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
-        rows = self._execute("blocked", streams=[stream for stream, _ in keys], record_keys=[key for _, key in keys])
+        rows = self._execute_as_written(
+            "blocked", streams=[stream for stream, _ in keys], record_keys=[key for _, key in keys]
+        )
         return {(stream, key): change_id for stream, key, change_id in rows}
 
     def pending(self, *, max_records: int, max_bytes: int) -> PendingWindow:
@@ -456,9 +465,9 @@ class PostgresTargetLedger(TargetLedger):
 
     def _supersede(self, accepted: Sequence[ChangeRecord]) -> None:
         if accepted:
-            self._execute(
+            self._execute_as_written(
                 "supersede",
-                change_ids=_Ids(change_ids(accepted)),
+                change_ids=list(change_ids(accepted)),
                 streams=list(streams(accepted)),
                 record_keys=list(keys(accepted)),
             )
